@@ -1,0 +1,39 @@
+# make demo   the four phases on phantoms, about five minutes on two cores, heatmaps in outputs/demo/phase4_inference
+# make test   lint and the test suite
+# Each makes .venv and installs what it needs. PYTHON=python3.12 chooses the interpreter, SEED=1 another demo.
+
+PYTHON ?= python3
+SEED ?= 0
+DEMO ?= outputs/demo
+BIN := .venv/bin
+RUN := NO_ALBUMENTATIONS_UPDATE=1 $(BIN)/python
+DEMO_ARGS := --preset demo --outputs $(DEMO) --data.root $(DEMO)/phantoms --runtime.seed $(SEED)
+
+.PHONY: demo test lint clean
+
+demo: .venv/installed
+	$(RUN) phantom.py --out $(DEMO)/phantoms --preset-demo --seed $(SEED)
+	$(RUN) train_vae.py $(DEMO_ARGS)
+	$(RUN) extract_latents.py $(DEMO_ARGS)
+	$(RUN) train_flowdiff.py $(DEMO_ARGS)
+	$(RUN) inference.py $(DEMO_ARGS)
+	@echo "heatmaps: $(DEMO)/phase4_inference/result_*.png"
+
+test: .venv/installed-dev
+	$(RUN) -m pytest -n 2
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-dev: requirements-dev.txt .venv/installed
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf outputs .venv

@@ -1,0 +1,54 @@
+"""The dual-head UNet: one trunk, two heads. Knows (z_t, t), knows no schedule."""
+
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from config import FlowDiffModelConfig
+
+
+class FlowDiffUNet(nn.Module):
+    """Predicts noise and velocity from a noisy latent in one forward pass.
+
+    The trunk is diffusers' UNet2DModel with its own output layers taken out; each head is norm, activation and a convolution that
+    starts at zero, so that training starts from the prediction 0 for both. Two extra input channels carry the position: a
+    panoramic is taken in one pose, so where something is belongs to whether it is normal.
+    """
+
+    def __init__(self, config: FlowDiffModelConfig, latent_channels: int = 4):
+        super().__init__()
+        features = config.channels[0]
+        self.trunk = UNet2DModel(
+            in_channels=latent_channels + 2,
+            out_channels=features,
+            block_out_channels=config.channels,
+            layers_per_block=config.layers_per_block,
+            down_block_types=tuple("AttnDownBlock2D" if attends else "DownBlock2D" for attends in config.attention),
+            up_block_types=tuple("AttnUpBlock2D" if attends else "UpBlock2D" for attends in reversed(config.attention)),
+            attention_head_dim=config.attention_head_dim,
+            norm_num_groups=config.norm_groups,
+            dropout=config.dropout,
+        )
+        self.trunk.conv_norm_out = self.trunk.conv_act = self.trunk.conv_out = nn.Identity()
+        self.noise_head = _head(features, latent_channels, config.norm_groups)
+        self.velocity_head = _head(features, latent_channels, config.norm_groups)
+
+    def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(noise_hat, velocity_hat), both (B, C, h, w), from z_t (B, C, h, w) at unit variance and t (B,) in [0, 1]."""
+        located = torch.cat([z_t, _positions(z_t)], dim=1)  # (B, C + 2, h, w)
+        features = self.trunk(located, 1000 * t).sample  # (B, F, h, w); diffusers' embedding expects timesteps in [0, 1000)
+        return self.noise_head(features), self.velocity_head(features)
+
+
+def _head(features: int, channels: int, groups: int) -> nn.Sequential:
+    convolution = nn.Conv2d(features, channels, kernel_size=3, padding=1)
+    nn.init.zeros_(convolution.weight)
+    nn.init.zeros_(convolution.bias)
+    return nn.Sequential(nn.GroupNorm(groups, features), nn.SiLU(), convolution)
+
+
+def _positions(z: Tensor) -> Tensor:
+    batch, _, height, width = z.shape
+    rows = torch.linspace(-1, 1, height, device=z.device, dtype=z.dtype).reshape(1, 1, height, 1)
+    columns = torch.linspace(-1, 1, width, device=z.device, dtype=z.dtype).reshape(1, 1, 1, width)
+    return torch.cat([rows.expand(batch, 1, height, width), columns.expand(batch, 1, height, width)], dim=1)

@@ -1,0 +1,127 @@
+"""Synthetic radiographs: reproducible, lesions confined to their masks, files that other programs read."""
+
+import csv
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from scipy.ndimage import binary_dilation
+
+from config import UsageError
+from phantom import LESIONS, draw_phantom, write_dataset, write_dicom
+
+SIZE = {"height": 128, "width": 256}
+COUNTS = {"train": 2, "val": 1, "test_normal": 1, "test_per_lesion": 2}
+# Plausible mask areas in pixels at 128 x 256: caries are millimetres, cysts and bone loss centimetres.
+AREA = {"caries": (5, 120), "periapical": (20, 200), "cyst": (150, 1500), "impacted": (60, 900), "implant": (40, 700), "bone_loss": (60, 900)}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_dataset(tmp_path_factory.mktemp("phantom"), **COUNTS, **SIZE, workers=1)
+
+
+def read(manifest):
+    with manifest.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("lesion", [None, *LESIONS])
+def test_a_phantom_follows_from_seed_and_patient(lesion):
+    first, second = (draw_phantom(5, 2, lesion, **SIZE) for _ in range(2))
+    assert first.image.tobytes() == second.image.tobytes() and first.mask.tobytes() == second.mask.tobytes()
+
+
+def test_another_seed_or_patient_is_another_picture():
+    picture = draw_phantom(5, 2, **SIZE).image
+    for other in (draw_phantom(6, 2, **SIZE), draw_phantom(5, 3, **SIZE)):
+        assert np.abs(picture - other.image).mean() > 0.01
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (128, 256), (100, 330)])
+def test_pictures_have_the_asked_size_and_use_the_grey_scale(shape):
+    phantom = draw_phantom(0, 0, None, *shape)
+    assert phantom.image.shape == phantom.mask.shape == shape and phantom.image.dtype == np.float32 and phantom.mask.dtype == bool
+    assert 0 <= phantom.image.min() and phantom.image.max() <= 1 and phantom.image.std() > 0.08
+
+
+@pytest.mark.parametrize("lesion", LESIONS)
+def test_a_lesion_changes_nothing_outside_its_mask(lesion):
+    for patient in range(4):
+        sick, healthy = draw_phantom(1, patient, lesion, **SIZE), draw_phantom(1, patient, None, **SIZE)
+        change = np.abs(sick.image - healthy.image)
+        assert change[~sick.mask].max() < 0.03  # the mask threshold of 0.02, and its share of the noise
+        assert change[~binary_dilation(sick.mask, iterations=6)].max() < 1e-4
+
+
+@pytest.mark.parametrize("lesion", LESIONS)
+def test_every_lesion_has_a_mask_of_plausible_size(lesion):
+    low, high = AREA[lesion]
+    for patient in range(12):
+        assert low <= draw_phantom(3, patient, lesion, **SIZE).mask.sum() <= high
+
+
+def test_a_normal_has_an_empty_mask():
+    assert not draw_phantom(0, 0, **SIZE).mask.any()
+
+
+def test_implants_are_bright_and_cysts_dark():
+    for lesion, sign in (("implant", 1), ("cyst", -1)):
+        sick, healthy = draw_phantom(0, 0, lesion, **SIZE), draw_phantom(0, 0, **SIZE)
+        assert sign * (sick.image - healthy.image)[sick.mask].mean() > 0.05
+
+
+def test_an_unknown_lesion_is_refused_by_name():
+    with pytest.raises(UsageError, match="caries"):
+        draw_phantom(0, 0, "toothache", **SIZE)
+
+
+def test_dicom_reads_back_as_the_same_panoramic_picture(tmp_path):
+    phantom = draw_phantom(0, 7, "cyst", **SIZE)
+    write_dicom(tmp_path / "x.dcm", phantom)
+    data = pydicom.dcmread(tmp_path / "x.dcm")
+    assert (data.Modality, data.BitsAllocated, data.PhotometricInterpretation, str(data.PatientName)) == ("PX", 16, "MONOCHROME2", "PHANTOM^0007")
+    assert data.file_meta.MediaStorageSOPInstanceUID == data.SOPInstanceUID and data.SOPClassUID.name == "Digital X-Ray Image Storage - For Presentation"
+    np.testing.assert_allclose(data.pixel_array / 4095, phantom.image, atol=0.5 / 4095 + 1e-6)
+
+
+def test_no_patient_lies_in_two_splits(dataset):
+    patients = {split: {row["patient"] for row in read(dataset) if row["split"] == split} for split in ("train", "val", "test")}
+    assert not patients["train"] & patients["val"] and not (patients["train"] | patients["val"]) & patients["test"]
+
+
+def test_the_manifest_lists_what_was_asked_for(dataset):
+    rows = read(dataset)
+    assert list(rows[0]) == ["image", "split", "label", "kind", "mask", "patient"]
+    assert [sum(row["split"] == split for row in rows) for split in ("train", "val", "test")] == [2, 1, 1 + 2 * len(LESIONS)]
+    assert all(row["kind"] == "normal" for row in rows if row["split"] != "test")
+    for row in rows:
+        assert (dataset.parent / row["image"]).is_file() and (row["kind"] != "normal") == (row["label"] == "1") == bool(row["mask"])
+
+
+def test_masks_are_black_and_white_and_as_large_as_their_image(dataset):
+    for row in read(dataset):
+        if row["mask"]:
+            with Image.open(dataset.parent / row["mask"]) as mask:
+                assert mask.size == (256, 128) and set(np.unique(np.asarray(mask))) == {0, 255}
+
+
+def test_writing_twice_gives_the_same_bytes(dataset, tmp_path):
+    again = write_dataset(tmp_path, **COUNTS, **SIZE, workers=2)
+    for file in sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*.*")):
+        assert (tmp_path / file).read_bytes() == (dataset.parent / file).read_bytes(), file
+    assert again.read_bytes() == dataset.read_bytes()
+
+
+def test_png_holds_the_same_picture_in_eight_bits(tmp_path):
+    manifest = write_dataset(tmp_path, train=1, val=0, test_normal=0, test_per_lesion=0, **SIZE, file_format="png", workers=1)
+    with Image.open(tmp_path / read(manifest)[0]["image"]) as image:
+        pixels = np.asarray(image)
+    np.testing.assert_allclose(pixels / 255, draw_phantom(0, 0, **SIZE).image, atol=0.5 / 255 + 1e-6)
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UsageError, match="taken is a file"):
+        write_dataset(tmp_path / "taken", **COUNTS)
