@@ -21,9 +21,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import DataConfig, UsageError
-from radiograph_io import ImageReadError, fit_image, fit_mask, is_dicom, read_mask, read_patient, read_radiograph, rescale
+from radiograph_io import SUFFIXES, ImageReadError, find_radiographs, fit_image, fit_mask, read_mask, read_patient, read_radiograph, rescale
 
-SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 SPLITS = {"": None, "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LABELS = {"": None, "0": 0, "0.0": 0, "1": 1, "1.0": 1}  # pandas writes whole columns as floats if one cell is empty
 
@@ -59,26 +58,10 @@ def list_records(root: str | Path) -> list[Record]:
         return _read_manifest(root)
     if (root / "manifest.csv").exists():
         return _read_manifest(root / "manifest.csv")
-    records = [Record(path, None, None, "", None, _patient_of(path, root)) for path in _files_below(root)]
+    records = [Record(path, None, None, "", None, _patient_of(path, root)) for path in find_radiographs(root)]
     if not records:
         raise UsageError(f"{root} holds no radiographs: put files with one of {' '.join(SUFFIXES)} there, or DICOM files without a suffix")
     return records
-
-
-def _files_below(root: Path) -> list[Path]:
-    """Every radiograph below root by its name, sorted; hidden files and folders are skipped."""
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".") and _is_radiograph(Path(folder, name))]
-    return sorted(found)
-
-
-def _is_radiograph(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    # Archives name files by their UID, so that 1.2.840.10008.5 ends in the "suffix" .5; DICOMDIR is an index, not an image.
-    nameless = (suffix == "" or suffix[1:].isdigit()) and path.name != "DICOMDIR"
-    return suffix in SUFFIXES or (nameless and path.is_file() and os.access(path, os.R_OK) and is_dicom(path))
 
 
 def _patient_of(path: Path, folder: Path) -> str:
@@ -148,12 +131,13 @@ def _check_rows(manifest: Path, numbers: list[int], records: list[Record]) -> No
 def split_records(records: list[Record], config: DataConfig, seed: int) -> dict[str, list[Record]]:
     """Part records into "train", "val" (both without known abnormals) and "test", no patient in two of them.
 
-    The splits of a manifest are kept. Without them, patients with an abnormal image go to test together with test_share of the
-    others, and val_share, at least one patient, to val; if nothing is known to be abnormal, test stays empty. UsageError if
-    that cannot be done.
+    The splits of a manifest are kept; if it has no val, one is drawn from train. Without splits, patients with an abnormal image go
+    to test together with test_share of the others, and val_share, at least one patient, to val; if nothing is known to be abnormal,
+    test stays empty. UsageError if that cannot be done.
     """
     splits: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
-    if any(record.split for record in records):
+    given = any(record.split for record in records)
+    if given:
         for record in records:
             splits[record.split].append(record)
         _drop_abnormal(splits)
@@ -162,15 +146,14 @@ def split_records(records: list[Record], config: DataConfig, seed: int) -> dict[
         abnormal = {record.patient for record in records if record.label == 1}
         splits["test"] = [record for record in records if record.patient in abnormal]
         splits["train"] = [record for record in records if record.patient not in abnormal]
-        if abnormal and config.test_share > 0:
-            splits["train"], normals = _hold_out(splits["train"], config.test_share, seed, leave=2)
-            splits["test"] += normals
-    if not splits["train"]:
+    patients = len({record.patient for record in splits["train"]})
+    if not patients:
         raise UsageError("there is no normal radiograph to train on: add some with label 0 (or no label), in the split train if there are splits")
+    if splits["test"] and not given and config.test_share > 0:
+        splits["train"], normals = _hold_out(splits["train"], config.test_share * patients, seed, leave=2)
+        splits["test"] += normals
     if not splits["val"]:
-        held_out = sum(record.label != 1 for record in splits["test"]) if not splits["train"][0].split else 0
-        share = config.val_share * (1 + held_out / len(splits["train"]))  # val_share counts all normals, also those already in test
-        splits["train"], splits["val"] = _hold_out(splits["train"], share, seed, leave=1)
+        splits["train"], splits["val"] = _hold_out(splits["train"], config.val_share * patients, seed, leave=1)
     if not splits["val"]:
         raise UsageError("all normal radiographs belong to one patient: training and validation need two; add a manifest.csv with a column patient")
     return splits
@@ -194,13 +177,12 @@ def _check_patients(splits: dict[str, list[Record]]) -> None:
         )
 
 
-def _hold_out(records: list[Record], share: float, seed: int, leave: int) -> tuple[list[Record], list[Record]]:
-    """Draw a share of the patients, at least one, but leave at least `leave` -> (left, held out), each in the old order."""
+def _hold_out(records: list[Record], wanted: float, seed: int, leave: int) -> tuple[list[Record], list[Record]]:
+    """Draw that many patients, rounded, at least one, but leave at least `leave` -> (left, held out), each in the old order."""
     from sklearn.model_selection import GroupShuffleSplit
 
     patients = [record.patient for record in records]
-    count = len(set(patients))
-    drawn = min(max(1, round(share * count)), count - leave)
+    drawn = min(max(1, round(wanted)), len(set(patients)) - leave)
     if drawn < 1:
         return records, []
     left, held_out = next(GroupShuffleSplit(1, test_size=drawn, random_state=seed).split(patients, groups=patients))

@@ -5,6 +5,7 @@ robust percentiles to [-1, 1], which replaces a DICOM's display window. Shapes a
 """
 
 import logging
+import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from pydicom.uid import RLELossless
 
 MIN_SIDE = 16  # pixels; anything smaller is an icon
 MAX_PIXELS = 100_000_000  # a panoramic has 2 to 10 million; beyond this a file is broken or hostile
+SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 PICTURE_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "DIB")  # Pillow opens no other: its EPS reader would start Ghostscript
 LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 FIRST_FRAME_ONLY = "{}: {} frames, only the first is read"
@@ -82,6 +84,22 @@ def is_dicom(path: str | Path) -> bool:
     """Whether the file carries the DICOM marker: 'DICM' after a preamble of 128 bytes."""
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
+
+
+def find_radiographs(root: str | Path) -> list[Path]:
+    """Every file below root that looks like a radiograph, sorted: by suffix, or without one by the DICOM marker. Hidden ones are skipped."""
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder, name) for name in names if not name.startswith(".") and _is_radiograph(Path(folder, name))]
+    return sorted(found)
+
+
+def _is_radiograph(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    # Archives name files by their UID, so that 1.2.840.10008.5 ends in the "suffix" .5; DICOMDIR is an index, not an image.
+    nameless = (suffix == "" or suffix[1:].isdigit()) and path.name != "DICOMDIR"
+    return suffix in SUFFIXES or (nameless and path.is_file() and os.access(path, os.R_OK) and is_dicom(path))
 
 
 @contextmanager

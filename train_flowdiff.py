@@ -224,9 +224,8 @@ def summarize(out: Path, config: Config) -> None:
     kept = load_checkpoint(out / "checkpoint_best.pt", "flowdiff", MADE_BY)
     before = [v for s, v in zip(*history["val/id"], strict=True) if s <= config.flowdiff.identity_warmup_start]
     if before:
-        print(
-            f"identity error on validation normals ({config.flowdiff.identity_space}): {before[-1]:.4f} before, {history['val/id'][1][-1]:.4f} after the curriculum"
-        )
+        after = history["val/id"][1][-1]
+        print(f"identity error on validation normals ({config.flowdiff.identity_space}): {before[-1]:.4f} before, {after:.4f} after the curriculum")
     print(f"kept step {kept['step']}: " + ", ".join(f"{n} {v:.4f}" for n, v in kept["scores"].items()) + f" -> {out / 'checkpoint_best.pt'}")
     print("next: python inference.py")
 

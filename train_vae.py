@@ -130,7 +130,8 @@ def validate_and_keep(vae: RadiographVAE, dataset: RadiographDataset, config: Co
     meter, shown = Meter(), []
     for batch in DataLoader(dataset, batch_size=config.vae.batch_size):
         x = batch["image"].to(accelerator.device)
-        reconstruction, mean, logvar = vae(x)
+        mean, logvar = vae.encode(x)  # by its parts: accelerate has wrapped the forward of the module in autocast
+        reconstruction = vae.decode(mean)
         loss = vae_loss(x, reconstruction, mean, logvar, config.vae)
         for original, copy in zip(x, reconstruction.clamp(-1, 1), strict=True):
             meter.add({"psnr": psnr(original.cpu().numpy(), copy.cpu().numpy()), "ssim": ssim(original[None], copy[None])})

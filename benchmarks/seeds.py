@@ -1,0 +1,36 @@
+"""Mean and spread over several runs: python benchmarks/seeds.py FOLDER [FOLDER ...]
+
+Each folder is one run's --outputs (it holds phase4_inference/metrics.json). Prints a Markdown table: per kind the mean over the
+runs and, after +-, the standard deviation between them (n - 1). Nothing is chosen by it.
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+COLUMNS = {"auroc": "image AUROC", "ap": "image AP", "pixel_ap": "pixel AP", "aupro": "AUPRO", "dice": "Dice", "best_dice": "best Dice"}
+
+
+def main() -> None:
+    folders = [Path(argument) for argument in sys.argv[1:]]
+    if not folders or not all((folder / "phase4_inference/metrics.json").is_file() for folder in folders):
+        sys.exit(__doc__)
+    runs = [json.loads((folder / "phase4_inference/metrics.json").read_text()) for folder in folders]
+    print(f"| kind ({len(runs)} runs) | " + " | ".join(COLUMNS.values()) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
+    rows = {kind: [run["kinds"][kind] for run in runs] for kind in runs[0]["kinds"]}
+    rows |= {"**mean of kinds**": [run["mean_over_kinds"] for run in runs], "all images": [run["overall"] for run in runs]}
+    for kind, entries in rows.items():
+        print(f"| {kind} | " + " | ".join(spread([entry[column] for entry in entries]) for column in COLUMNS) + " |")
+
+
+def spread(values: list[float | None]) -> str:
+    """'0.912 +- 0.010', without the spread for one run, '-' where the metric is undefined."""
+    defined = [value for value in values if value is not None]
+    if not defined:
+        return "-"
+    return f"{statistics.mean(defined):.3f}" + (f" ± {statistics.stdev(defined):.3f}" if len(defined) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()

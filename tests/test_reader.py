@@ -1,0 +1,451 @@
+"""Files against the arrays they were written from, against pydicom's own decoder, and against damage of every kind."""
+
+import io
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pydicom
+import pydicom.data
+import pytest
+from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    DigitalXRayImageStorageForPresentation,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
+
+from radiograph_io import (
+    ImageReadError,
+    Radiograph,
+    find_radiographs,
+    fit_image,
+    fit_mask,
+    read_mask,
+    read_patient,
+    read_radiograph,
+    rescale,
+    unfit_map,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*only the first is read", "ignore::UserWarning:pydicom")  # pytest resets the reader's filter
+
+BUNDLED = sorted(path for path in (Path(pydicom.data.__file__).parent / "test_files").iterdir() if path.is_file())
+LOSSLESS = [
+    ImplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    DeflatedExplicitVRLittleEndian,
+    RLELossless,
+    JPEGLSLossless,
+    JPEG2000Lossless,
+    JPEGLossless,
+    JPEGLosslessSV1,
+]
+HEIGHT, WIDTH = 40, 50
+
+
+def noise(bits=16, signed=False, channels=()):
+    """(HEIGHT, WIDTH, *channels) integers over the whole range of `bits` bits."""
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
+    values = np.random.default_rng(bits).integers(low, high, (HEIGHT, WIDTH, *channels))
+    return values.astype(f"{'i' if signed else 'u'}{1 if bits <= 8 else 2}")
+
+
+def ramp():
+    """uint8 (HEIGHT, WIDTH), smooth, so that lossy codecs keep it."""
+    return np.add.outer(np.arange(HEIGHT) * 2, np.arange(WIDTH) * 3).astype(np.uint8)
+
+
+def write_dicom(path, pixels, syntax=ExplicitVRLittleEndian, bits=None, photometric="MONOCHROME2", data=None, **tags):
+    """Write `pixels`, or the encapsulated `data` that stands for them, transcoding by pydicom or GDCM where syntax is a codec."""
+    codec = syntax if syntax.is_encapsulated and data is None else None
+    dataset, dataset.file_meta = Dataset(), FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if codec else syntax
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
+    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+    dataset.Rows, dataset.Columns = pixels.shape[:2]
+    dataset.SamplesPerPixel, dataset.PlanarConfiguration = (1, None) if pixels.ndim == 2 else (3, 0)
+    dataset.BitsAllocated = pixels.itemsize * 8
+    dataset.BitsStored = bits or dataset.BitsAllocated
+    dataset.HighBit = dataset.BitsStored - 1
+    dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
+    dataset.PhotometricInterpretation = photometric
+    dataset.PixelData = data or pixels.astype(pixels.dtype.newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")).tobytes()
+    dataset["PixelData"].VR = "OB" if data or pixels.itemsize == 1 else "OW"
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    dataset.save_as(path, enforce_file_format=True)
+    if codec in (JPEGLossless, JPEGLosslessSV1):
+        transcode_with_gdcm(path, codec)
+    elif codec:
+        dataset = pydicom.dcmread(path)
+        dataset.compress(codec)
+        dataset.save_as(path)
+    return path
+
+
+def transcode_with_gdcm(path, syntax):
+    gdcm = pytest.importorskip("gdcm")
+    process = gdcm.TransferSyntax.JPEGLosslessProcess14 if syntax == JPEGLossless else gdcm.TransferSyntax.JPEGLosslessProcess14_1
+    reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
+    reader.SetFileName(str(path))
+    assert reader.Read()
+    change.SetTransferSyntax(gdcm.TransferSyntax(process))
+    change.SetInput(reader.GetImage())
+    assert change.Change()
+    writer.SetFileName(str(path))
+    writer.SetFile(reader.GetFile())
+    writer.SetImage(change.GetOutput())
+    assert writer.Write()
+
+
+# --- DICOM ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
+def test_every_file_bundled_with_pydicom_is_read_or_refused_in_one_short_line(path):
+    try:
+        radiograph = read_radiograph(path)
+    except ImageReadError as error:
+        assert "\n" not in str(error) and str(path.parent) not in str(error) and len(str(error)) < 400
+    else:
+        assert radiograph.pixels.dtype == np.float32 and radiograph.valid.shape == radiograph.pixels.shape
+        assert np.isfinite(radiograph.pixels).all()
+
+
+@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm"])
+def test_all_codings_of_the_bundled_slice_give_pydicoms_own_values(name):
+    folder = BUNDLED[0].parent
+    np.testing.assert_array_equal(read_radiograph(folder / name).pixels, pydicom.dcmread(folder / "MR_small.dcm").pixel_array)
+
+
+def test_the_modality_rescale_is_applied_and_the_patient_is_read():
+    path = BUNDLED[0].parent / "CT_small.dcm"
+    dataset, radiograph = pydicom.dcmread(path), read_radiograph(path)
+    np.testing.assert_array_equal(radiograph.pixels, dataset.pixel_array * dataset.RescaleSlope + dataset.RescaleIntercept)
+    assert radiograph.patient == read_patient(path) == dataset.PatientID
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("MR_truncated.dcm", "less than expected"),
+        ("no_meta.dcm", "neither a DICOM file"),
+        ("ExplVR_LitEndNoMeta.dcm", "neither a DICOM file"),
+        ("rtplan.dcm", "without pixel data"),
+        ("badVR.dcm", "too few"),
+        ("JPGExtended.dcm", "12-bit"),
+    ],
+)
+def test_a_bundled_file_without_a_usable_image_is_refused_with_its_reason(name, reason):
+    with pytest.raises(ImageReadError, match=reason):
+        read_radiograph(BUNDLED[0].parent / name)
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(8, False), (10, False), (12, False), (14, False), (16, False), (8, True), (12, True), (16, True)])
+@pytest.mark.parametrize("syntax", LOSSLESS, ids=lambda syntax: syntax.name)
+def test_lossless_dicom_gives_back_every_value(tmp_path, syntax, bits, signed):
+    pixels = noise(bits, signed)
+    np.testing.assert_array_equal(read_radiograph(write_dicom(tmp_path / "a.dcm", pixels, syntax, bits)).pixels, pixels)
+
+
+def test_jpeg_baseline_dicom_is_close(tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(ramp()).save(stream, "JPEG", quality=95)
+    path = write_dicom(tmp_path / "a.dcm", ramp(), JPEGBaseline8Bit, data=encapsulate([stream.getvalue()]))
+    np.testing.assert_allclose(read_radiograph(path).pixels, ramp(), atol=4)
+
+
+def test_a_dicom_is_known_by_its_content_not_its_name(tmp_path):
+    np.testing.assert_array_equal(read_radiograph(write_dicom(tmp_path / "a.png", noise())).pixels, noise())
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_bits_above_bits_stored_are_ignored(tmp_path, syntax):
+    values, overlay = noise(12), (noise(16) & 0xF000).astype(np.uint16)
+    np.testing.assert_array_equal(read_radiograph(write_dicom(tmp_path / "a.dcm", values | overlay, syntax, bits=12)).pixels, values)
+
+
+def test_bits_above_bits_stored_are_ignored_in_signed_values(tmp_path):
+    values = noise(12, signed=True)
+    path = write_dicom(tmp_path / "a.dcm", values & np.int16(0x0FFF), bits=12)
+    np.testing.assert_array_equal(read_radiograph(path).pixels, values)
+
+
+@pytest.mark.parametrize("tags", [{}, {"PresentationLUTShape": "INVERSE"}, {"RescaleSlope": 2, "RescaleIntercept": -7}])
+@pytest.mark.parametrize("signed", [False, True])
+def test_monochrome1_rescales_to_the_negative_of_monochrome2(tmp_path, signed, tags):
+    pixels = noise(12, signed)
+    bright, dark = (
+        rescale(read_radiograph(write_dicom(tmp_path / f"{name}.dcm", pixels, bits=12, photometric=name, **tags)), 2, 98)
+        for name in ("MONOCHROME2", "MONOCHROME1")
+    )
+    np.testing.assert_allclose(dark, -bright, atol=1e-6)
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_padding_is_masked_becomes_black_and_leaves_the_percentiles_alone(tmp_path, photometric):
+    pixels = noise(12)
+    pixels[:, :20] = 4095  # beyond whatever the image holds
+    pixels[:, 20:] //= 2
+    radiograph = read_radiograph(write_dicom(tmp_path / "a.dcm", pixels, bits=12, photometric=photometric, PixelPaddingValue=4095))
+    x = rescale(radiograph, 0, 100)
+    assert not radiograph.valid[:, :20].any() and radiograph.valid[:, 20:].all()
+    assert (x[:, :20] == -1).all() and (x[:, 20:].min(), x[:, 20:].max()) == (-1, 1)
+
+
+def test_a_padding_range_is_masked_to_its_limit(tmp_path):
+    pixels = noise(12)
+    radiograph = read_radiograph(write_dicom(tmp_path / "a.dcm", pixels, bits=12, PixelPaddingValue=100, PixelPaddingRangeLimit=500))
+    np.testing.assert_array_equal(radiograph.valid, (pixels < 100) | (pixels > 500))
+
+
+def test_signed_padding_is_masked_though_it_was_written_unsigned(tmp_path):
+    pixels = noise(12, signed=True).astype(np.int16)
+    pixels[0] = -2000
+    path = write_dicom(tmp_path / "a.dcm", pixels)
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PixelPaddingValue", "US", 63536)
+    dataset.save_as(path)
+    np.testing.assert_array_equal(read_radiograph(path).valid, pixels != -2000)
+
+
+def test_palette_colour_is_looked_up_not_read_as_indices(tmp_path):
+    palette = np.random.default_rng(0).integers(0, 65536, 256).astype("<u2")
+    lookup = {f"{colour}PaletteColorLookupTable{part}": value for colour in ("Red", "Green", "Blue")
+              for part, value in (("Data", palette.tobytes()), ("Descriptor", [256, 0, 16]))}  # fmt: skip
+    path = write_dicom(tmp_path / "a.dcm", noise(8), photometric="PALETTE COLOR", **lookup)
+    np.testing.assert_allclose(read_radiograph(path).pixels, palette[noise(8)], rtol=1e-5)
+
+
+def test_rgb_dicom_becomes_luma_and_so_does_ybr(tmp_path):
+    rgb = noise(8, channels=(3,))
+    luma = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+    ybr = cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
+    np.testing.assert_allclose(read_radiograph(write_dicom(tmp_path / "a.dcm", rgb, photometric="RGB")).pixels, luma, atol=0.6)
+    np.testing.assert_allclose(read_radiograph(write_dicom(tmp_path / "b.dcm", ybr, photometric="YBR_FULL")).pixels, luma, atol=2)
+
+
+def test_a_modality_lookup_table_is_applied(tmp_path):
+    table = Dataset()
+    table.LUTDescriptor, table.LUTData = [256, 0, 16], (np.arange(256) ** 2 % 65521).astype("<u2").tobytes()
+    table.add_new("LUTData", "OW", table.LUTData)
+    path = write_dicom(tmp_path / "a.dcm", noise(8), ModalityLUTSequence=[table])
+    np.testing.assert_array_equal(read_radiograph(path).pixels, noise(8).astype(int) ** 2 % 65521)
+
+
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
+def test_a_film_of_several_frames_gives_the_first_and_a_warning(tmp_path, syntax):
+    frames = np.concatenate([noise(16), noise(15)])
+    path = write_dicom(tmp_path / "a.dcm", frames)
+    dataset = pydicom.dcmread(path)
+    dataset.NumberOfFrames, dataset.Rows = 2, HEIGHT
+    if syntax == RLELossless:
+        dataset.compress(RLELossless)
+    dataset.save_as(path)
+    with pytest.warns(UserWarning, match="2 frames"):
+        np.testing.assert_array_equal(read_radiograph(path).pixels, noise(16))
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_pictures_are_not_clipped(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(noise()).save(path)
+    np.testing.assert_array_equal(read_radiograph(path).pixels, noise())
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_16_bit_colour_keeps_all_its_bits_and_ignores_alpha(tmp_path, suffix, channels):
+    bgr = noise(12, channels=(channels,))
+    assert cv2.imwrite(str(tmp_path / f"a.{suffix}"), bgr)
+    np.testing.assert_allclose(read_radiograph(tmp_path / f"a.{suffix}").pixels, bgr[..., 2::-1] @ [0.299, 0.587, 0.114], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("byteorder", "dtype", "photometric"),
+    [("<", "u2", "minisblack"), (">", "u2", "minisblack"), ("<", "i2", "minisblack"), (">", "f4", "minisblack"),
+     ("<", "u2", "miniswhite"), (">", "f4", "miniswhite")],  # fmt: skip
+)
+def test_tiff_reads_bright_as_dense(tmp_path, byteorder, dtype, photometric):
+    tifffile = pytest.importorskip("tifffile")
+    pixels = noise(15).astype(dtype)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, byteorder=byteorder, photometric=photometric)
+    expected = pixels.max() - pixels if photometric == "miniswhite" else pixels
+    np.testing.assert_array_equal(read_radiograph(tmp_path / "a.tif").pixels, expected)
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "jpg"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "LA", "RGBA", "CMYK"])
+def test_8_bit_pictures_of_every_mode_give_their_grey_levels(tmp_path, suffix, mode):
+    picture = Image.fromarray(ramp()).convert("RGB").convert(mode)
+    try:
+        picture.save(tmp_path / f"a.{suffix}", quality=95)
+    except OSError:
+        pytest.skip(f"{suffix} has no mode {mode}")
+    if mode in ("LA", "RGBA"):
+        picture.putalpha(0)
+    np.testing.assert_allclose(read_radiograph(tmp_path / f"a.{suffix}").pixels, np.asarray(picture.convert("L")), atol=4)
+
+
+def test_a_tiff_of_several_pages_gives_the_first_and_a_warning(tmp_path):
+    first, second = (Image.fromarray(noise(bits)) for bits in (16, 15))
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    with pytest.warns(UserWarning, match="a.tif: 2 frames"):
+        np.testing.assert_array_equal(read_radiograph(tmp_path / "a.tif").pixels, noise(16))
+
+
+def test_a_mask_is_true_where_not_black_and_in_a_jpeg_where_bright(tmp_path):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    mask[10:20, 5:30] = 1
+    Image.fromarray(mask).save(tmp_path / "a.png")
+    Image.fromarray(mask * 255).save(tmp_path / "a.jpg", quality=100)
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.png"), mask > 0)
+    np.testing.assert_array_equal(read_mask(tmp_path / "a.jpg"), mask > 0)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def damaged(folder, kind):
+    """A file of that kind of damage."""
+    good = write_dicom(folder / "good.dcm", noise())
+    dataset, path = pydicom.dcmread(good), folder / "bad.png"
+    if kind == "html":
+        path.write_text("<html>404 Not Found</html>")
+    elif kind == "empty":
+        path.touch()
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "truncated png":
+        Image.fromarray(noise()).save(path)
+        path.write_bytes(path.read_bytes()[:2000])
+    elif kind == "truncated dicom":
+        path.write_bytes(good.read_bytes()[:2000])
+    elif kind == "truncated jpeg 2000":
+        path.write_bytes(write_dicom(good, noise(), JPEG2000Lossless).read_bytes()[:2000])
+    elif kind == "zero rows":
+        dataset.Rows = 0
+        dataset.save_as(path)
+    elif kind == "huge rows":
+        dataset.Rows = dataset.Columns = 65535
+        dataset.save_as(path)
+    elif kind == "no pixel data":
+        del dataset.PixelData
+        dataset.save_as(path)
+    elif kind == "no photometric":
+        del dataset.PhotometricInterpretation
+        dataset.save_as(path)
+    elif kind == "bomb":
+        Image.new("1", (20_000, 20_000)).save(path)
+    elif kind == "icon":
+        Image.fromarray(noise()[:15]).save(path)
+    elif kind == "postscript":
+        path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 50 50\n")
+    return path
+
+
+KINDS = ["absent", "html", "empty", "folder", "truncated png", "truncated dicom", "truncated jpeg 2000", "zero rows", "huge rows",
+         "no pixel data", "no photometric", "bomb", "icon", "postscript"]  # fmt: skip
+
+
+@pytest.mark.parametrize("read", [read_radiograph, read_mask])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bad_file_is_refused_by_name_and_without_its_folder(tmp_path, kind, read):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with pytest.raises(ImageReadError) as caught:
+            read(damaged(tmp_path, kind))
+    assert str(caught.value).startswith("bad.png: ") and str(tmp_path) not in str(caught.value) and caught.value.reason
+
+
+def test_radiographs_are_found_by_suffix_or_marker_and_hidden_ones_are_not(tmp_path):
+    for name in ("b.PNG", "a/c.dcm", ".hidden.png", ".cache/d.png", "notes.txt", "README", "a/._c.dcm"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("export", "1.2.840.5", "DICOMDIR"):
+        write_dicom(tmp_path / name, noise())
+    assert [path.relative_to(tmp_path).as_posix() for path in find_radiographs(tmp_path)] == ["1.2.840.5", "a/c.dcm", "b.PNG", "export"]
+
+
+# --- rescale and fit -----------------------------------------------------------------------------------------------------
+
+
+def test_rescale_maps_numpys_percentiles_of_the_valid_pixels_to_the_ends():
+    pixels, valid = noise().astype(np.float32), np.random.default_rng(1).random((HEIGHT, WIDTH)) < 0.7
+    low, high = np.percentile(pixels[valid], [3, 95])
+    expected = np.where(valid, np.interp(pixels, [low, high], [-1, 1]), -1)
+    np.testing.assert_allclose(rescale(Radiograph(pixels, valid, None), 3, 95), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("valid", [True, False])
+def test_rescale_refuses_an_image_without_contrast(valid):
+    with pytest.raises(ValueError, match="no contrast"):
+        rescale(Radiograph(np.full((20, 20), 7, np.float32), np.full((20, 20), valid), None), 0.5, 99.5)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(100, 200), (200, 100), (33, 500), (64, 64), (20, 30)])
+def test_fit_then_unfit_returns_a_smooth_image(shape, fit):
+    x = np.add.outer(np.linspace(-0.5, 0.5, shape[0]), np.linspace(-0.4, 0.4, shape[1])).astype(np.float32)
+    fitted = fit_image(x, 64, 96, fit)
+    back = unfit_map(fitted, shape, fit)
+    assert fitted.shape == (64, 96) and back.shape == shape and back.dtype == np.float32
+    np.testing.assert_allclose(back, x, atol=0.08)  # a few source pixels at the ends of an axis
+
+
+def test_an_image_of_the_right_size_is_left_as_it_is():
+    x = np.random.default_rng(0).uniform(-1, 1, (64, 96)).astype(np.float32)
+    for fit in ("stretch", "pad"):
+        np.testing.assert_array_equal(fit_image(x, 64, 96, fit), x)
+        np.testing.assert_array_equal(unfit_map(x, (64, 96), fit), x)
+
+
+def test_shrinking_by_a_whole_factor_is_the_mean_of_the_blocks_even_while_the_other_axis_grows():
+    x = np.random.default_rng(0).uniform(-1, 1, (64, 90)).astype(np.float32)
+    np.testing.assert_allclose(fit_image(x, 32, 30, "stretch"), x.reshape(32, 2, 30, 3).mean((1, 3)), atol=1e-6)
+    grown = fit_image(np.repeat(x[:16, :1], 90, axis=1), 8, 120, "stretch")
+    np.testing.assert_allclose(grown, np.repeat(x[:16, :1].reshape(8, 2, 1).mean(1), 120, axis=1), atol=1e-6)
+
+
+def test_pad_keeps_the_aspect_ratio_on_black():
+    fitted = fit_image(np.ones((50, 100), np.float32), 96, 96, "pad")
+    assert (fitted[24:72] == 1).all() and (fitted[:24] == -1).all() and (fitted[72:] == -1).all()
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(640, 1280), (50, 900), (33, 47)])
+def test_fit_mask_keeps_a_lesion_of_one_pixel_wherever_it_lies(shape, fit):
+    for row, column in np.random.default_rng(0).integers(0, shape, (100, 2)):
+        mask = np.zeros(shape, bool)
+        mask[row, column] = True
+        assert fit_mask(mask, 64, 96, fit).any()
+
+
+def test_fit_mask_by_a_whole_factor_is_the_maximum_of_the_blocks():
+    mask = np.random.default_rng(0).random((64, 90)) < 0.1
+    np.testing.assert_array_equal(fit_mask(mask, 32, 30, "stretch"), mask.reshape(32, 2, 30, 3).any((1, 3)))
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_a_lesion_lies_at_the_same_place_in_image_and_mask(fit):
+    mask = np.zeros((300, 700), bool)
+    mask[90:150, 400:520] = True
+    image = fit_image(np.where(mask, 1, -1).astype(np.float32), 64, 96, fit)
+    centres = [np.argwhere(there).mean(0) for there in (image > 0, fit_mask(mask, 64, 96, fit))]
+    np.testing.assert_allclose(*centres, atol=0.6)
