@@ -38,8 +38,8 @@ class DataConfig:
     height: int = 256  # model input in pixels; a multiple of 8 x 2^(UNet levels - 1)
     width: int = 256  # rectangles work: 256 x 512 is the natural shape of a panoramic
     fit: Literal["stretch", "pad"] = "stretch"  # stretch squashes to height x width; pad keeps the aspect ratio and fills with black
-    percentile_low: float = 0.5  # intensities at or below this percentile become -1
-    percentile_high: float = 99.5  # intensities at or above this percentile become +1; lower it if metal darkens the rest
+    percentile_low: float = 0.1  # intensities at or below this percentile become -1
+    percentile_high: float = 99.9  # intensities at or above this percentile become +1; 99.5 if metal darkens the rest
     val_share: float = 0.15  # share of patients held out for validation where no split is given
     test_share: float = 0.15  # share of normal patients held out for testing where a manifest has labels but no split
     max_bad_share: float = 0.05  # a run stops if more than this share of the files cannot be read; fewer go to skipped_files.csv
@@ -283,21 +283,21 @@ def _cpu() -> Config:
     """Two cores, under an hour for some hundred radiographs: a tiny pretrained autoencoder and a small UNet."""
     return Config(
             data=DataConfig(num_workers=0),
-            vae=VAEConfig(pretrained="madebyollin/taesd", lr=2e-4, lr_warmup_steps=50, batch_size=4, steps=900, validate_every=150, log_every=25),
-            latent=LatentConfig(augmented_copies=8),
+            vae=VAEConfig(pretrained="madebyollin/taesd", lr=3e-4, lr_warmup_steps=30, batch_size=4, steps=450, validate_every=75, log_every=25),
+            latent=LatentConfig(augmented_copies=4),
             model=FlowDiffModelConfig(channels=(64, 128, 192), layers_per_block=1, attention=(False, False, True), norm_groups=16),
             flowdiff=FlowDiffTrainingConfig(
-                identity_space="latent", phase1_steps=2_500, total_steps=4_000, identity_warmup_start=2_500, identity_warmup_end=3_000,
+                identity_space="latent", phase1_steps=2_000, total_steps=3_000, identity_warmup_start=2_000, identity_warmup_end=2_300,
                 batch_size=16, lr=4e-4, lr_warmup_steps=100, ema_decay=0.998, validate_every=250, sample_every=1_000, log_every=50,
             ),
-            runtime=RuntimeConfig(device="cpu", checkpoint_every=250),
+            runtime=RuntimeConfig(device="cpu", checkpoint_every=150),
     )  # fmt: skip
 
 
 def _demo() -> Config:
     """Phantoms and the VAE in assets/: all four phases in minutes on two cores."""
     return Config(
-            data=DataConfig(root="./outputs/phantoms", height=128, width=256, num_workers=0, rotate_degrees=1.5, flip=True),
+            data=DataConfig(root="./outputs/phantoms", height=128, width=256, percentile_low=0.5, percentile_high=99.5, num_workers=0, rotate_degrees=1.5, flip=True),
             vae=VAEConfig(pretrained="./assets/phantom_vae", lr=2e-4, lr_warmup_steps=10, batch_size=4, steps=100, validate_every=50, log_every=10),
             latent=LatentConfig(augmented_copies=8),
             model=FlowDiffModelConfig(channels=(64, 128, 128), layers_per_block=1, attention=(False, False, True), norm_groups=16),

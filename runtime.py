@@ -196,6 +196,11 @@ def plain(config: object) -> dict:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def without(fields: dict, *names: str) -> dict:
+    """The dict less some keys."""
+    return {key: value for key, value in fields.items() if key not in names}
+
+
 def resume_point(path: Path, kind: str, config: dict, resume: bool, made_by: str) -> dict | None:
     """The content of checkpoint_last.pt to continue from, or None for a new run.
 

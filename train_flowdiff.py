@@ -45,6 +45,7 @@ from runtime import (
     set_learning_rate,
     sha256,
     start,
+    without,
     write_json,
 )
 
@@ -155,9 +156,9 @@ def main() -> None:
 
 def resumable(config: Config, vae_sha256: str, train: LatentDataset) -> dict:
     """The part of the config that a resumed run must share, the latents it trains on included."""
-    kept = plain(config)
     latents = {"rows": len(train), "mean": list(train.standard.mean), "std": list(train.standard.std)}
-    return {"model": kept["model"], "flowdiff": kept["flowdiff"], "seed": config.runtime.seed, "vae_sha256": vae_sha256, "latents": latents}
+    flowdiff = without(plain(config.flowdiff), "output", "latents", "vae_checkpoint", "log_every")
+    return {"model": plain(config.model), "flowdiff": flowdiff, "seed": config.runtime.seed, "vae_sha256": vae_sha256, "latents": latents}
 
 
 def training_normalizer(predict: Predict, noise: Tensor, config: Config) -> Callable[[Tensor], Tensor]:

@@ -34,6 +34,7 @@ from runtime import (
     save_checkpoint,
     set_learning_rate,
     start,
+    without,
     write_json,
 )
 
@@ -110,9 +111,9 @@ def main() -> None:
 
 
 def resumable(config: Config) -> dict:
-    """The part of the config that a resumed run must share."""
-    kept = plain(config)
-    return {"data": {k: v for k, v in kept["data"].items() if k not in ("test", "num_workers", "cache_gb")}, "vae": kept["vae"], "seed": config.runtime.seed}
+    """The part of the config that a resumed run must share: not where files lie, nor how fast they are read."""
+    data = without(plain(config.data), "test", "num_workers", "cache_gb")
+    return {"data": data, "vae": without(plain(config.vae), "output", "log_every"), "seed": config.runtime.seed}
 
 
 def posterior_noise(vae: RadiographVAE, x: torch.Tensor, config: Config, step: int, accelerator: Accelerator) -> torch.Tensor | None:

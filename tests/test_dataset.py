@@ -104,7 +104,10 @@ def test_a_bad_value_in_a_manifest_is_named_by_row_and_column(tmp_path, row, mes
         list_records(write_manifest(tmp_path, [{"image": "a.png"}, {"image": "b.png"} | row]))
 
 
-@pytest.mark.parametrize(("text", "message"), [("file;label\n", "no column 'image'"), ("image,label\n", "no rows"), ("", "no column"), ("image\n\xff", "UTF-8")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("file;label\n", "no column 'image'"), ("image,label\n", "no rows"), ("", "no column"), ("image\n\xff", "UTF-8")],
+)
 def test_a_table_that_is_no_manifest_is_refused(tmp_path, text, message):
     (tmp_path / "manifest.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match=message):

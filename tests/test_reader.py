@@ -279,8 +279,14 @@ def test_16_bit_colour_keeps_all_its_bits_and_ignores_alpha(tmp_path, suffix, ch
 
 @pytest.mark.parametrize(
     ("byteorder", "dtype", "photometric"),
-    [("<", "u2", "minisblack"), (">", "u2", "minisblack"), ("<", "i2", "minisblack"), (">", "f4", "minisblack"),
-     ("<", "u2", "miniswhite"), (">", "f4", "miniswhite")],  # fmt: skip
+    [
+        ("<", "u2", "minisblack"),
+        (">", "u2", "minisblack"),
+        ("<", "i2", "minisblack"),
+        (">", "f4", "minisblack"),
+        ("<", "u2", "miniswhite"),
+        (">", "f4", "miniswhite"),
+    ],  # fmt: skip
 )
 def test_tiff_reads_bright_as_dense(tmp_path, byteorder, dtype, photometric):
     tifffile = pytest.importorskip("tifffile")

@@ -1,0 +1,130 @@
+"""From latents on disk to standardized z and back, and the file that does not belong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from config import UsageError
+from extract_latents import channel_statistics, find_outliers
+from latent_dataset import LatentDataset, LatentStandard, read_latents_json
+
+ROWS = np.random.default_rng(0).normal([[[-3.0]], [[0.5]]], [[[0.2]], [[7.0]]], (5, 2, 4, 6)).astype(np.float32)
+STANDARD = LatentStandard(mean=(-3.0, 0.5), std=(0.2, 7.0))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """What phase 2 leaves behind, with three validation rows."""
+    np.save(tmp_path / "latents_train.npy", ROWS)
+    np.save(tmp_path / "latents_val.npy", ROWS[:3])
+    description = {"rows": {"train": 5, "val": 3}, "shape": [2, 4, 6], "mean": STANDARD.mean, "std": STANDARD.std}
+    (tmp_path / "latents.json").write_text(json.dumps(description))
+    return tmp_path
+
+
+def test_standardizing_has_an_exact_inverse():
+    raw = torch.from_numpy(ROWS).double()
+    torch.testing.assert_close(STANDARD.raw(STANDARD.standardize(raw)), raw, rtol=0, atol=4e-15)
+    torch.testing.assert_close(STANDARD.raw(STANDARD.standardize(raw[0])), raw[0], rtol=0, atol=4e-15)
+
+
+def test_standardized_latents_have_mean_zero_and_variance_one():
+    mean, std = channel_statistics(ROWS)
+    z = LatentStandard(tuple(mean), tuple(std)).standardize(torch.from_numpy(ROWS).double())
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.std((0, 2, 3), correction=0), torch.ones(2, dtype=torch.float64), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 256])
+def test_channel_statistics_are_numpys_however_they_are_cut(rows_at_once):
+    mean, std = channel_statistics(ROWS, rows_at_once)
+    np.testing.assert_allclose(mean, ROWS.mean((0, 2, 3), dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(std, ROWS.std((0, 2, 3), dtype=np.float64), rtol=1e-8)
+
+
+def test_rows_come_out_standardized_by_row_or_by_epoch_and_row(folder):
+    data = LatentDataset(folder, "val")
+    assert len(data) == 3
+    expected = (torch.from_numpy(ROWS[2]) - torch.tensor(STANDARD.mean).view(2, 1, 1)) / torch.tensor(STANDARD.std).view(2, 1, 1)
+    for key in (2, (7, 2)):
+        torch.testing.assert_close(data[key], expected)
+
+
+def test_the_file_on_disk_is_mapped_not_read(folder):
+    assert isinstance(LatentDataset(folder, "train").raw, np.memmap)
+
+
+def test_a_batch_written_to_leaves_the_file_as_it_was(folder):
+    data = LatentDataset(folder, "train")
+    data[0].zero_()
+    np.testing.assert_array_equal(np.load(folder / "latents_train.npy"), ROWS)
+
+
+@pytest.mark.parametrize("name", ["latents.json", "latents_train.npy"])
+def test_a_missing_file_names_phase_2(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(UsageError, match=f"{name} is missing: run python extract_latents.py first"):
+        LatentDataset(folder, "train")
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def garbage(path):
+    path.write_bytes(b"not an array at all")
+
+
+def pickled_objects(path):
+    np.save(path, np.array([{}], dtype=object))
+
+
+@pytest.mark.parametrize("damage", [cut_short, garbage, pickled_objects, lambda path: path.write_bytes(b"")], ids=["cut", "garbage", "pickled", "empty"])
+def test_a_damaged_file_names_phase_2(folder, damage):
+    damage(folder / "latents_train.npy")
+    with pytest.raises(UsageError, match="latents_train.npy is damaged .*: run python extract_latents.py again"):
+        LatentDataset(folder, "train")
+
+
+@pytest.mark.parametrize("rows", [ROWS[:4], ROWS[:, :1], ROWS[..., :3]], ids=["fewer rows", "fewer channels", "narrower"])
+def test_a_file_of_another_shape_than_described_names_phase_2(folder, rows):
+    np.save(folder / "latents_train.npy", rows)
+    with pytest.raises(UsageError, match=r"has shape .*latents.json says \(5, 2, 4, 6\): run python extract_latents.py again"):
+        LatentDataset(folder, "train")
+
+
+def test_a_damaged_description_names_phase_2(folder):
+    (folder / "latents.json").write_text('{"rows": ')
+    with pytest.raises(UsageError, match="extract_latents.py"):
+        read_latents_json(folder)
+
+
+def latents(**planted):
+    """Latents of 40 training and 10 validation images, some of them spoilt."""
+    random = np.random.default_rng(1)
+    rows = {"train": random.normal(size=(40, 4, 8, 8)), "val": random.normal(size=(10, 4, 8, 8))}
+    sources = {split: [f"/archive/{split}_{i}.dcm" for i in range(len(part))] for split, part in rows.items()}
+    for split, change in planted.items():
+        change(rows[split])
+    return rows, sources
+
+
+def test_a_planted_outlier_is_named_and_nothing_else():
+    rows, sources = latents(val=lambda part: part[3].__iadd__(5.0), train=lambda part: part[7, 2].__imul__(9.0))
+    found = find_outliers(rows, sources, limit=8.0)
+    assert sorted(entry["source"] for entry in found) == ["/archive/train_7.dcm", "/archive/val_3.dcm"]
+    assert all(entry["deviations"] > 8 and sources[entry["split"]][entry["row"]] == entry["source"] for entry in found)
+
+
+def test_ordinary_latents_have_no_outliers():
+    assert find_outliers(*latents(), limit=8.0) == []
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_latents_that_are_not_finite_are_refused_by_file_name(value):
+    rows, sources = latents(val=lambda part: part[4, 0].__setitem__((0, 0), value))
+    with pytest.raises(UsageError, match=r"the latents of val_4.dcm \(1 files\) are not finite"):
+        find_outliers(rows, sources, limit=8.0)
