@@ -287,8 +287,8 @@ def _cpu() -> Config:
             latent=LatentConfig(augmented_copies=4),
             model=FlowDiffModelConfig(channels=(64, 128, 192), layers_per_block=1, attention=(False, False, True), norm_groups=16),
             flowdiff=FlowDiffTrainingConfig(
-                identity_space="latent", phase1_steps=2_000, total_steps=3_000, identity_warmup_start=2_000, identity_warmup_end=2_300,
-                batch_size=16, lr=4e-4, lr_warmup_steps=100, ema_decay=0.998, validate_every=250, sample_every=1_000, log_every=50,
+                identity_space="latent", phase1_steps=1_200, total_steps=1_600, identity_warmup_start=1_200, identity_warmup_end=1_350,
+                batch_size=16, lr=4e-4, lr_warmup_steps=100, ema_decay=0.998, validate_every=200, sample_every=800, log_every=50,
             ),
             runtime=RuntimeConfig(device="cpu", checkpoint_every=150),
     )  # fmt: skip
