@@ -297,7 +297,9 @@ def _cpu() -> Config:
 def _demo() -> Config:
     """Phantoms and the VAE in assets/: all four phases in minutes on two cores."""
     return Config(
-            data=DataConfig(root="./outputs/phantoms", height=128, width=256, percentile_low=0.5, percentile_high=99.5, num_workers=0, rotate_degrees=1.5, flip=True),
+            data=DataConfig(
+                root="./outputs/phantoms", height=128, width=256, percentile_low=0.5, percentile_high=99.5, num_workers=0, rotate_degrees=1.5, flip=True
+            ),
             vae=VAEConfig(pretrained="./assets/phantom_vae", lr=2e-4, lr_warmup_steps=10, batch_size=4, steps=100, validate_every=50, log_every=10),
             latent=LatentConfig(augmented_copies=8),
             model=FlowDiffModelConfig(channels=(64, 128, 128), layers_per_block=1, attention=(False, False, True), norm_groups=16),
