@@ -47,14 +47,14 @@ class Sample(NamedTuple):
     original_shape: tuple[int, int]  # rows, columns of the file
 
 
-def list_records(root: str | Path) -> list[Record]:
+def list_records(root: str | Path, setting: str = "data.root") -> list[Record]:
     """List a folder (its manifest.csv if it has one, else every radiograph below it, sorted) or a manifest; UsageError if there is none."""
     root = Path(root)
     if not root.exists():
-        raise UsageError(f"{root} does not exist: set data.root to a folder of radiographs or to a manifest.csv")
+        raise UsageError(f"{root} does not exist: set {setting} to a folder of radiographs or to a manifest.csv")
     if root.is_file():
         if root.suffix.lower() != ".csv":
-            raise UsageError(f"{root} is neither a folder nor a .csv manifest: set data.root to the folder that holds it")
+            raise UsageError(f"{root} is neither a folder nor a .csv manifest: set {setting} to the folder that holds it")
         return _read_manifest(root)
     if (root / "manifest.csv").exists():
         return _read_manifest(root / "manifest.csv")

@@ -86,11 +86,12 @@ def main() -> None:
             "give the VAE it was trained with, or rerun python extract_latents.py and python train_flowdiff.py"
         )
     splits = split_records(list_records(config.data.root), config.data, config.runtime.seed)
-    records = list_records(config.data.test) if config.data.test else splits["test"]
+    records = list_records(config.data.test, "data.test") if config.data.test else splits["test"]
     if not records:
         raise UsageError(f"{config.data.root} has no test split: name the radiographs to examine with --data.test, a folder or a manifest.csv")
     accelerator = start(config.runtime)
     model = Normalizer(vae_checkpoint, flow_checkpoint, config, accelerator.device)
+    clear(out)
     write_json(out / "config.json", plain(config))
 
     normals = RadiographDataset(splits["val"], config.data)
@@ -122,6 +123,13 @@ def main() -> None:
     if findings.skipped:
         write_csv(out / "skipped_files.csv", ["file", "reason"], findings.skipped)
     report(findings, calibration, config)
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier examination left, so that nothing of other images lies beside these scores; the lookup keeps its salt."""
+    for pattern in ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv", "skipped_files.csv"):
+        for path in out.glob(pattern):
+            path.unlink()
 
 
 class Normalizer:

@@ -41,7 +41,10 @@ def read_latents_json(folder: Path | str) -> dict:
     path = Path(folder) / "latents.json"
     if not path.is_file():
         raise UsageError(f"{path} is missing: run python extract_latents.py first")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): run python extract_latents.py again") from error
 
 
 class LatentDataset(Dataset):
@@ -54,7 +57,7 @@ class LatentDataset(Dataset):
             raise UsageError(f"{path} is missing: run python extract_latents.py first")
         try:
             self.raw = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, EOFError) as error:
             raise UsageError(f"{path} is damaged ({error}): run python extract_latents.py again") from error
         expected = (description["rows"][split], *description["shape"])
         if self.raw.shape != expected:

@@ -83,10 +83,12 @@ def develop(attenuation: np.ndarray, patient: Patient) -> np.ndarray:
 
 
 def choose(rng: np.random.Generator, teeth: list[Tooth]) -> Tooth:
+    """One of the teeth, each as likely."""
     return teeth[rng.integers(len(teeth))]
 
 
 def copy_scene(scene: Scene) -> Scene:
+    """A copy to draw a lesion into; the base is shared, nothing draws into it."""
     return Scene(scene.base, scene.bone.copy(), scene.teeth.copy(), scene.metal.copy())
 
 
@@ -289,7 +291,7 @@ def main(
     try:
         manifest = write_dataset(out, train, val, test_normal, test_per_lesion, seed, height, width, file_format, workers)
     except UsageError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"wrote {train + val + test_normal + test_per_lesion * len(LESIONS)} radiographs and {manifest}")
 

@@ -34,6 +34,8 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except UsageError as error:
         sys.exit(_one_line_error(error, code=2))
+    except OSError as error:  # a full disk, a folder that cannot be written
+        sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}", code=2))
     except KeyboardInterrupt:
         sys.exit(_one_line_error("interrupted; run the same command again to continue from the last checkpoint", code=130))
 
@@ -180,8 +182,8 @@ def load_checkpoint(path: Path | str, kind: str, made_by: str) -> dict:
         raise UsageError(f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint; run {made_by} again") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise UsageError(f"{path} is no {kind} checkpoint: give the file that {made_by} wrote")
-    if content["format"] != FORMAT:
-        raise UsageError(f"{path} has format {content['format']}, this code reads {FORMAT}: use the matching version, or run {made_by} again")
+    if content.get("format") != FORMAT:
+        raise UsageError(f"{path} has format {content.get('format')}, this code reads {FORMAT}: use the matching version, or run {made_by} again")
     return content
 
 
@@ -243,8 +245,7 @@ class RunLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if from_step and self.path.is_file():
-            with open(self.path, newline="") as file:
-                kept = [row for row in list(csv.reader(file))[1:] if int(row[0]) <= from_step]
+            kept = [row for row in _whole_rows(self.path) if int(row[0]) <= from_step]
         write_csv(self.path, ["step", "name", "value"], kept)
         if config.runtime.wandb != "disabled":
             self.run = _start_wandb(self.path.parent, name, config)
@@ -279,13 +280,19 @@ def _start_wandb(folder: Path, name: str, config: Config):
 def read_log(folder: Path | str) -> dict[str, tuple[list[int], list[float]]]:
     """log.csv as name -> (steps, values), numbers only."""
     history: dict[str, tuple[list[int], list[float]]] = {}
-    with open(Path(folder) / "log.csv", newline="") as file:
-        for row in csv.DictReader(file):
-            if row["value"] != "n/a":
-                steps, values = history.setdefault(row["name"], ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(row["value"]))
+    for step, name, value in _whole_rows(Path(folder) / "log.csv"):
+        if value != "n/a":
+            steps, values = history.setdefault(name, ([], []))
+            steps.append(int(step))
+            values.append(float(value))
     return history
+
+
+def _whole_rows(path: Path) -> list[list[str]]:
+    """The rows of a log below its header, less a last one that a power cut tore."""
+    with open(path, newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [row for row in rows if len(row) == 3 and row[2]]
 
 
 class Meter:
