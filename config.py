@@ -307,7 +307,7 @@ def _demo() -> Config:
                 identity_space="latent", phase1_steps=900, total_steps=1_200, identity_warmup_start=800, identity_warmup_end=1_000,
                 batch_size=16, lr=5e-4, lr_warmup_steps=50, ema_decay=0.995, validate_every=200, sample_every=600, log_every=50,
             ),
-            inference=InferenceConfig(figures=24),
+            inference=InferenceConfig(noise_level=0.4, solver="one_step", draws=4, smooth_sigma=2.0, top_share=0.002, figures=24),
             runtime=RuntimeConfig(device="cpu", checkpoint_every=400),
     )  # fmt: skip
 
