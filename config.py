@@ -194,6 +194,7 @@ class FlowDiffTrainingConfig:
 class InferenceConfig:
     """Phase 4, inference.py: G(x), the anomaly map, the score."""
 
+    method: Literal["plain", "calibrated"] = "plain"  # plain is the formula below; calibrated standardizes several views per pixel by validation normals
     noise_level: float = 0.4  # how far G walks out; 0 changes nothing, 1 forgets the image. Useful: 0.2 to 0.5
     solver: Literal["one_step", "euler", "heun", "ddim"] = "euler"  # how G walks back; ddim uses the diffusion head, the others the flow head
     steps: int = 8  # steps of that walk; one_step takes one
@@ -307,7 +308,7 @@ def _demo() -> Config:
                 identity_space="latent", phase1_steps=900, total_steps=1_200, identity_warmup_start=800, identity_warmup_end=1_000,
                 batch_size=16, lr=5e-4, lr_warmup_steps=50, ema_decay=0.995, validate_every=200, sample_every=600, log_every=50,
             ),
-            inference=InferenceConfig(noise_level=0.4, solver="one_step", draws=4, smooth_sigma=2.0, top_share=0.002, figures=24),
+            inference=InferenceConfig(method="calibrated", solver="one_step", draws=4, smooth_sigma=1.5, top_share=0.005, figures=24),
             runtime=RuntimeConfig(device="cpu", checkpoint_every=400),
     )  # fmt: skip
 

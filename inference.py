@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from calibration import PixelStatistics, calibrate_views
 from config import Config, FlowDiffModelConfig, InferenceConfig, UsageError, parse_config, rebuild_phase
 from dataset import RadiographDataset, Record, list_records, split_records
 from flowdiff_model import FlowDiffUNet
@@ -40,15 +41,14 @@ from runtime import generator, load_checkpoint, plain, run_script, sha256, start
 
 @dataclass(frozen=True)
 class Examined:
-    """What phase 4 knows of a batch: images and maps (B, 1, H, W), scores (B,)."""
+    """What phase 4 knows of a batch before calibration: images and components (B, 1, H, W)."""
 
     x: Tensor
     normal: Tensor  # G(x), clipped to [-1, 1]
     reconstruction: Tensor  # dec(enc(x)), clipped to [-1, 1]: the error G would make if it changed nothing
     l1: Tensor
     gradient: Tensor
-    anomaly_map: Tensor
-    score: Tensor
+    views: Tensor  # (B, V, H, W): what the anomaly map is made of
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,13 @@ class Calibration:
     score_threshold: float
     pixel_threshold: float
     scale: ColourScale
+    statistics: PixelStatistics | None  # of the views; None for the plain map
     identity_error: float  # mean |x - G(x)|
     vae_error: float  # mean |x - dec(enc(x))|
+
+    def anomaly_map(self, views: Tensor) -> Tensor:
+        """The final map (B, 1, H, W) of images with these views."""
+        return views if self.statistics is None else self.statistics.fuse(views)
 
 
 @dataclass
@@ -104,16 +109,18 @@ def main() -> None:
     with tqdm(total=len(dataset), desc="phase 4", unit="image") as progress:
         for items in read_batches(dataset, config, findings.skipped):
             examined = model.examine(torch.stack([item["image"] for item in items]))
+            maps = calibration.anomaly_map(examined.views)
+            scores = image_score(maps, settings.top_share).tolist()
             for position, item in enumerate(items):
                 index, record = item["index"], records[item["index"]]
-                score = float(examined.score[position])
+                score, anomaly_map = scores[position], maps[position, 0].cpu().numpy()
                 row = [f"{index:03d}", lookup.name(index, record), f"{score:.6f}", int(score > calibration.score_threshold)]
                 findings.rows.append([*row, "" if record.label is None else record.label, record.kind])
-                keep(findings, record, score, examined.anomaly_map[position, 0].cpu().numpy(), item)
+                keep(findings, record, score, anomaly_map, item)
                 if settings.save_maps:
-                    save_map(out / "maps" / f"{index:03d}.npy", examined.anomaly_map[position, 0], item, config)
+                    save_map(out / "maps" / f"{index:03d}.npy", anomaly_map, item, config)
                 if index in drawn:
-                    draw(out / f"result_{index:03d}.png", examined, position, item, record, calibration)
+                    draw(out / f"result_{index:03d}.png", examined, position, anomaly_map, score, item, record, calibration)
             progress.update(len(items))
 
     if not findings.rows:
@@ -160,16 +167,31 @@ class Normalizer:
         x = images.to(self.device)
         mean, _ = self.vae.encode(x)
         reconstruction = self.vae.decode(mean).clamp(-1, 1)
-        normal = self.vae.decode(self.standard.raw(self.normal_latent(self.standard.standardize(mean)))).clamp(-1, 1)
+        z = self.standard.standardize(mean)
+        z_normal = self.normal_latent(z)
+        normal = self.vae.decode(self.standard.raw(z_normal)).clamp(-1, 1)
         l1, gradient, hf = anomaly_components(x, normal)
-        anomaly_map = combine(l1, gradient, hf, self.settings)
-        return Examined(x, normal, reconstruction, l1, gradient, anomaly_map, image_score(anomaly_map, self.settings.top_share))
+        views = [combine(l1, gradient, hf, self.settings)]
+        if self.settings.method == "calibrated":
+            views += [combine(*anomaly_components(reconstruction, normal), self.settings), signed_residual(x, normal), latent_difference(z, z_normal, x)]
+        return Examined(x, normal, reconstruction, l1, gradient, torch.cat(views, dim=1))
 
 
 def combine(l1: Tensor, gradient: Tensor, hf: Tensor, settings: InferenceConfig) -> Tensor:
     """The anomaly map (B, 1, H, W) from its three components."""
     plain_map = settings.alpha_l1 * l1 + settings.beta_grad * gradient + settings.gamma_hf * hf
     return gaussian_blur(plain_map, settings.smooth_sigma)
+
+
+def signed_residual(x: Tensor, normal: Tensor, sigma: float = 3.0) -> Tensor:
+    """|blur(x - G(x))|: a lesion is darker or brighter throughout, while edges that moved by a pixel cancel."""
+    return gaussian_blur(x - normal, sigma).abs()
+
+
+def latent_difference(z: Tensor, z_normal: Tensor, x: Tensor) -> Tensor:
+    """|z - G(z)|, the mean over channels, enlarged to the size of x: what changed before the decoder can hide it."""
+    difference = (z - z_normal).abs().mean(dim=1, keepdim=True)
+    return torch.nn.functional.interpolate(difference, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def image_score(anomaly_map: Tensor, top_share: float) -> Tensor:
@@ -198,24 +220,31 @@ def read_batches(dataset: RadiographDataset, config: Config, skipped: list[list[
 
 def calibrate(model: Normalizer, normals: RadiographDataset, config: Config) -> Calibration:
     """Examine the validation normals and read thresholds and colour scales off them."""
-    scores, pixels, identity, vae, unreadable = [], [], [], [], []
-    components = {"residual": [], "l1": [], "gradient": [], "anomaly_map": []}
+    views, identity, vae, unreadable = [], [], [], []
+    ends = {"l1": [], "gradient": []}
     with tqdm(total=len(normals), desc="validation normals", unit="image") as progress:
         for items in read_batches(normals, config, unreadable):
             examined = model.examine(torch.stack([item["image"] for item in items]))
-            scores += examined.score.tolist()
+            views.append(examined.views.cpu())
             identity += (examined.x - examined.normal).abs().mean((1, 2, 3)).tolist()
             vae += (examined.x - examined.reconstruction).abs().mean((1, 2, 3)).tolist()
-            pixels.append(examined.anomaly_map.cpu().numpy().ravel())
-            for name, part in (("residual", examined.l1), ("l1", examined.l1), ("gradient", examined.gradient), ("anomaly_map", examined.anomaly_map)):
-                components[name].append(np.quantile(part.cpu().numpy(), 0.999))
+            for name, part in (("l1", examined.l1), ("gradient", examined.gradient)):
+                ends[name].append(np.quantile(part.cpu().numpy(), 0.999))
             progress.update(len(items))
-    if not scores:
+    if not views:
         raise UsageError(f"no validation normal of {config.data.root} can be read: thresholds need them; point data.root at the normals of phase 1")
+    statistics, maps = None, torch.cat(views)
+    if config.inference.method == "calibrated":
+        if len(maps) < 2:
+            raise UsageError("inference.method calibrated needs at least two validation normals: add some, or use --inference.method plain")
+        statistics, maps = calibrate_views(maps)
+        statistics = PixelStatistics(statistics.mean.to(model.device), statistics.std.to(model.device))
+    scores = image_score(maps, config.inference.top_share).numpy()
     # Twice what all but a thousandth of normal pixels reach: normals stay dark, a lesion has room above them.
-    scale = ColourScale(**{name: max(1e-6, 2 * float(np.mean(values))) for name, values in components.items()})
-    thresholds = threshold_from_normals(scores, config.inference.target_fpr), threshold_from_normals(np.concatenate(pixels), config.inference.target_fpr)
-    return Calibration(np.array(scores), *thresholds, scale, float(np.mean(identity)), float(np.mean(vae)))
+    l1, gradient = (max(1e-6, 2 * float(np.mean(values))) for values in ends.values())
+    scale = ColourScale(residual=l1, l1=l1, gradient=gradient, anomaly_map=max(1e-6, 2 * float(np.quantile(maps.numpy(), 0.999))))
+    thresholds = [threshold_from_normals(values, config.inference.target_fpr) for values in (scores, maps.numpy().ravel())]
+    return Calibration(scores, *thresholds, scale, statistics, float(np.mean(identity)), float(np.mean(vae)))
 
 
 def save_calibration(path: Path, calibration: Calibration, config: Config) -> None:
@@ -223,6 +252,8 @@ def save_calibration(path: Path, calibration: Calibration, config: Config) -> No
     content = {"scores": calibration.scores, "score_threshold": calibration.score_threshold, "pixel_threshold": calibration.pixel_threshold}
     content |= {f"scale_{name}": value for name, value in vars(calibration.scale).items()}
     content |= {"identity_error": calibration.identity_error, "vae_error": calibration.vae_error}
+    if calibration.statistics is not None:
+        content |= {"pixel_mean": calibration.statistics.mean.cpu().numpy(), "pixel_std": calibration.statistics.std.cpu().numpy()}
     content |= {"vae_sha256": sha256(config.inference.vae_checkpoint), "flow_sha256": sha256(config.inference.flow_checkpoint)}
 
     def write(beside: Path) -> None:
@@ -270,9 +301,9 @@ def keep(findings: Findings, record: Record, score: float, anomaly_map: np.ndarr
         findings.masks.append(item["mask"][0].numpy().astype(bool) if item["has_mask"] else None)
 
 
-def save_map(path: Path, anomaly_map: Tensor, item: dict, config: Config) -> None:
+def save_map(path: Path, anomaly_map: np.ndarray, item: dict, config: Config) -> None:
     """The map (H, W) as float32 .npy at the size of the original image."""
-    full = unfit_map(anomaly_map.cpu().numpy(), (item["original_height"], item["original_width"]), config.data.fit)
+    full = unfit_map(anomaly_map, (item["original_height"], item["original_width"]), config.data.fit)
 
     def write(beside: Path) -> None:
         with open(beside, "wb") as file:
@@ -281,16 +312,15 @@ def save_map(path: Path, anomaly_map: Tensor, item: dict, config: Config) -> Non
     write_atomically(path, write)
 
 
-def draw(path: Path, examined: Examined, position: int, item: dict, record: Record, calibration: Calibration) -> None:
+def draw(path: Path, examined: Examined, position: int, anomaly_map: np.ndarray, score: float, item: dict, record: Record, calibration: Calibration) -> None:
     """result_XXX.png: six panels, the score in the title, the outline where there is a mask."""
-    score = float(examined.score[position])
     verdict = "flagged" if score > calibration.score_threshold else "not flagged"
     title = f"image {item['index']:03d}  |  score {score:.4f}, threshold {calibration.score_threshold:.4f}: {verdict}"
     if record.kind:
         title += f"  |  {record.kind}"
-    panels = (examined.x, examined.normal, examined.l1, examined.gradient, examined.anomaly_map)
+    panels = (examined.x, examined.normal, examined.l1, examined.gradient)
     mask = item["mask"][0].numpy().astype(bool) if item["has_mask"] else None
-    save_result(path, *(panel[position, 0].cpu().numpy() for panel in panels), title, calibration.scale, mask)
+    save_result(path, *(panel[position, 0].cpu().numpy() for panel in panels), anomaly_map, title, calibration.scale, mask)
 
 
 def report(findings: Findings, calibration: Calibration, config: Config) -> None:

@@ -38,7 +38,7 @@ SETTINGS = f"""
     --latent.augmented-copies {COPIES}
     --flowdiff.total-steps 8 --flowdiff.phase1-steps 4 --flowdiff.identity-warmup-start 3 --flowdiff.identity-warmup-end 6
     --flowdiff.validate-every 4 --flowdiff.sample-every 4 --flowdiff.batch-size 4
-    --model.channels 16 32 --model.attention False True --model.norm-groups 8 --model.attention-head-dim 8 --inference.figures 3
+    --model.channels 16 32 --model.attention False True --model.norm-groups 8 --model.attention-head-dim 8 --inference.figures 3 --inference.top-share 0.01
 """.split()
 
 
