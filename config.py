@@ -194,11 +194,13 @@ class FlowDiffTrainingConfig:
 class InferenceConfig:
     """Phase 4, inference.py: G(x), the anomaly map, the score."""
 
-    method: Literal["plain", "calibrated"] = "plain"  # plain is the formula below; calibrated standardizes several views per pixel by validation normals
+    method: Literal["plain", "calibrated"] = "plain"  # plain is the formula below; calibrated fuses many views as validation normals teach
     noise_level: float = 0.4  # how far G walks out; 0 changes nothing, 1 forgets the image. Useful: 0.2 to 0.5
     solver: Literal["one_step", "euler", "heun", "ddim"] = "euler"  # how G walks back; ddim uses the diffusion head, the others the flow head
     steps: int = 8  # steps of that walk; one_step takes one
     draws: int = 1  # noise draws whose G(x) are averaged; more: less random, slower
+    levels: tuple[float, ...] = (0.1, 0.2, 0.3)  # calibrated: noise levels of the views; low ones keep detail, high ones remove more
+    implants: int = 160  # calibrated: corrupted validation normals the fusion of the views is fitted to
     alpha_l1: float = 1.0  # weight of |x - G(x)| in the anomaly map
     beta_grad: float = 0.5  # weight of the gradient residual
     gamma_hf: float = 0.3  # weight of the Laplacian residual
@@ -222,6 +224,9 @@ class InferenceConfig:
         _require(0 < self.top_share <= 1, f"inference.top_share must lie in (0, 1], got {self.top_share}")
         _require(0 < self.target_fpr < 1, f"inference.target_fpr must lie in (0, 1), got {self.target_fpr}")
         _require_range("inference.figures", self.figures, -1)
+        inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
+        _require(inside, f"inference.levels needs noise levels in (0, 1), got {self.levels}")
+        _require_range("inference.implants", self.implants, 1)
 
 
 @dataclass(frozen=True)
@@ -308,7 +313,7 @@ def _demo() -> Config:
                 identity_space="latent", phase1_steps=900, total_steps=1_200, identity_warmup_start=800, identity_warmup_end=1_000,
                 batch_size=16, lr=5e-4, lr_warmup_steps=50, ema_decay=0.995, validate_every=200, sample_every=600, log_every=50,
             ),
-            inference=InferenceConfig(method="calibrated", solver="one_step", draws=4, smooth_sigma=1.5, top_share=0.005, figures=24),
+            inference=InferenceConfig(method="calibrated", solver="one_step", draws=2, top_share=0.002, figures=24),
             runtime=RuntimeConfig(device="cpu", checkpoint_every=400),
     )  # fmt: skip
 

@@ -25,30 +25,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibration import PixelStatistics, calibrate_views
-from config import Config, FlowDiffModelConfig, InferenceConfig, UsageError, parse_config, rebuild_phase
+from calibration import Fusion, NormalViews, PixelStatistics, fit_fusion
+from config import Config, UsageError, parse_config
+from corruption import corrupt
 from dataset import RadiographDataset, Record, list_records, split_records
-from flowdiff_model import FlowDiffUNet
-from flowdiff_process import at_unit_variance, normalizer
-from image_ops import anomaly_components, gaussian_blur
-from latent_dataset import LatentStandard
+from image_ops import gaussian_blur
 from metrics import false_positive_interval, summarize, threshold_from_normals
-from model import RadiographVAE, rebuild_vae
+from normalizer import Examined, Normalizer
 from plotting import ColourScale, save_result
 from radiograph_io import ImageReadError, unfit_map
-from runtime import generator, load_checkpoint, plain, run_script, sha256, start, write_atomically, write_csv, write_json
-
-
-@dataclass(frozen=True)
-class Examined:
-    """What phase 4 knows of a batch before calibration: images and components (B, 1, H, W)."""
-
-    x: Tensor
-    normal: Tensor  # G(x), clipped to [-1, 1]
-    reconstruction: Tensor  # dec(enc(x)), clipped to [-1, 1]: the error G would make if it changed nothing
-    l1: Tensor
-    gradient: Tensor
-    views: Tensor  # (B, V, H, W): what the anomaly map is made of
+from runtime import load_checkpoint, plain, run_script, sha256, start, write_atomically, write_csv, write_json
 
 
 @dataclass(frozen=True)
@@ -60,12 +46,13 @@ class Calibration:
     pixel_threshold: float
     scale: ColourScale
     statistics: PixelStatistics | None  # of the views; None for the plain map
+    fusion: Fusion | None  # of the views; None for the plain map
     identity_error: float  # mean |x - G(x)|
     vae_error: float  # mean |x - dec(enc(x))|
 
     def anomaly_map(self, views: Tensor) -> Tensor:
-        """The final map (B, 1, H, W) of images with these views."""
-        return views if self.statistics is None else self.statistics.fuse(views)
+        """The map (B, 1, H, W) of images with these views, before smoothing."""
+        return views if self.statistics is None else self.fusion.anomaly_map(self.statistics.standardize(views))
 
 
 @dataclass
@@ -109,7 +96,7 @@ def main() -> None:
     with tqdm(total=len(dataset), desc="phase 4", unit="image") as progress:
         for items in read_batches(dataset, config, findings.skipped):
             examined = model.examine(torch.stack([item["image"] for item in items]))
-            maps = calibration.anomaly_map(examined.views)
+            maps = gaussian_blur(calibration.anomaly_map(examined.views), settings.smooth_sigma)
             scores = image_score(maps, settings.top_share).tolist()
             for position, item in enumerate(items):
                 index, record = item["index"], records[item["index"]]
@@ -139,61 +126,6 @@ def clear(out: Path) -> None:
             path.unlink()
 
 
-class Normalizer:
-    """G with the networks of phases 1 and 3, each rebuilt from its own checkpoint, in float32."""
-
-    def __init__(self, vae_checkpoint: dict, flow_checkpoint: dict, config: Config, device: torch.device):
-        self.settings, self.seed, self.device = config.inference, config.runtime.seed, device
-        self.vae: RadiographVAE = rebuild_vae(vae_checkpoint).to(device)
-        self.standard = LatentStandard(tuple(flow_checkpoint["mean"]), tuple(flow_checkpoint["std"]))
-        self.network = FlowDiffUNet(rebuild_phase(FlowDiffModelConfig, flow_checkpoint["config"]["model"]), flow_checkpoint["latent_channels"])
-        self.network.load_state_dict(flow_checkpoint["weights"])
-        self.network.to(device).requires_grad_(False).eval()
-
-    def predict(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.network(at_unit_variance(z_t, t), t)
-
-    def normal_latent(self, z: Tensor) -> Tensor:
-        """G(z), the mean over the draws, (B, C, h, w). Every image gets the same noise: its score must not depend on its neighbours."""
-        settings, total = self.settings, torch.zeros_like(z)
-        for draw_number in range(settings.draws):
-            noise = torch.randn(z.shape[1:], generator=generator(self.seed, "inference", draw_number)).to(z.device).expand_as(z)
-            total += normalizer(self.predict, z, settings.noise_level, noise, settings.steps, settings.solver)
-        return total / settings.draws
-
-    @torch.no_grad()
-    def examine(self, images: Tensor) -> Examined:
-        """Everything about a batch of images (B, 1, H, W) in [-1, 1]."""
-        x = images.to(self.device)
-        mean, _ = self.vae.encode(x)
-        reconstruction = self.vae.decode(mean).clamp(-1, 1)
-        z = self.standard.standardize(mean)
-        z_normal = self.normal_latent(z)
-        normal = self.vae.decode(self.standard.raw(z_normal)).clamp(-1, 1)
-        l1, gradient, hf = anomaly_components(x, normal)
-        views = [combine(l1, gradient, hf, self.settings)]
-        if self.settings.method == "calibrated":
-            views += [combine(*anomaly_components(reconstruction, normal), self.settings), signed_residual(x, normal), latent_difference(z, z_normal, x)]
-        return Examined(x, normal, reconstruction, l1, gradient, torch.cat(views, dim=1))
-
-
-def combine(l1: Tensor, gradient: Tensor, hf: Tensor, settings: InferenceConfig) -> Tensor:
-    """The anomaly map (B, 1, H, W) from its three components."""
-    plain_map = settings.alpha_l1 * l1 + settings.beta_grad * gradient + settings.gamma_hf * hf
-    return gaussian_blur(plain_map, settings.smooth_sigma)
-
-
-def signed_residual(x: Tensor, normal: Tensor, sigma: float = 3.0) -> Tensor:
-    """|blur(x - G(x))|: a lesion is darker or brighter throughout, while edges that moved by a pixel cancel."""
-    return gaussian_blur(x - normal, sigma).abs()
-
-
-def latent_difference(z: Tensor, z_normal: Tensor, x: Tensor) -> Tensor:
-    """|z - G(z)|, the mean over channels, enlarged to the size of x: what changed before the decoder can hide it."""
-    difference = (z - z_normal).abs().mean(dim=1, keepdim=True)
-    return torch.nn.functional.interpolate(difference, size=x.shape[-2:], mode="bilinear", align_corners=False)
-
-
 def image_score(anomaly_map: Tensor, top_share: float) -> Tensor:
     """Mean of the top_share highest values of each map (B, 1, H, W): (B,). A mean over all pixels would drown a lesion, a maximum is noise."""
     values = anomaly_map.flatten(1)
@@ -219,13 +151,15 @@ def read_batches(dataset: RadiographDataset, config: Config, skipped: list[list[
 
 
 def calibrate(model: Normalizer, normals: RadiographDataset, config: Config) -> Calibration:
-    """Examine the validation normals and read thresholds and colour scales off them."""
-    views, identity, vae, unreadable = [], [], [], []
+    """Examine the validation normals and read off them how views become a map, the thresholds and the colour scales."""
+    settings = config.inference
+    images, views, identity, vae, unreadable = [], [], [], [], []
     ends = {"l1": [], "gradient": []}
     with tqdm(total=len(normals), desc="validation normals", unit="image") as progress:
         for items in read_batches(normals, config, unreadable):
             examined = model.examine(torch.stack([item["image"] for item in items]))
-            views.append(examined.views.cpu())
+            images += [item["image"][0].numpy() for item in items]
+            views.append(examined.views.half().cpu() if settings.method == "calibrated" else examined.views.cpu())
             identity += (examined.x - examined.normal).abs().mean((1, 2, 3)).tolist()
             vae += (examined.x - examined.reconstruction).abs().mean((1, 2, 3)).tolist()
             for name, part in (("l1", examined.l1), ("gradient", examined.gradient)):
@@ -233,18 +167,38 @@ def calibrate(model: Normalizer, normals: RadiographDataset, config: Config) -> 
             progress.update(len(items))
     if not views:
         raise UsageError(f"no validation normal of {config.data.root} can be read: thresholds need them; point data.root at the normals of phase 1")
-    statistics, maps = None, torch.cat(views)
-    if config.inference.method == "calibrated":
-        if len(maps) < 2:
+    statistics = fusion = None
+    maps = torch.cat(views)
+    if settings.method == "calibrated":
+        if len(images) < 2:
             raise UsageError("inference.method calibrated needs at least two validation normals: add some, or use --inference.method plain")
-        statistics, maps = calibrate_views(maps)
-        statistics = PixelStatistics(statistics.mean.to(model.device), statistics.std.to(model.device))
-    scores = image_score(maps, config.inference.top_share).numpy()
+        normal_views = NormalViews(maps)
+        fusion, maps = fit_fusion(normal_views, implanted(model, images, config), config.runtime.seed)
+        statistics, fusion = normal_views.statistics().to(model.device), fusion.to(model.device)
+    maps = gaussian_blur(maps, settings.smooth_sigma)
+    scores = image_score(maps, settings.top_share).numpy()
     # Twice what all but a thousandth of normal pixels reach: normals stay dark, a lesion has room above them.
     l1, gradient = (max(1e-6, 2 * float(np.mean(values))) for values in ends.values())
     scale = ColourScale(residual=l1, l1=l1, gradient=gradient, anomaly_map=max(1e-6, 2 * float(np.quantile(maps.numpy(), 0.999))))
-    thresholds = [threshold_from_normals(values, config.inference.target_fpr) for values in (scores, maps.numpy().ravel())]
-    return Calibration(scores, *thresholds, scale, statistics, float(np.mean(identity)), float(np.mean(vae)))
+    thresholds = [threshold_from_normals(values, settings.target_fpr) for values in (scores, maps.numpy().ravel())]
+    return Calibration(scores, *thresholds, scale, statistics, fusion, float(np.mean(identity)), float(np.mean(vae)))
+
+
+def implanted(model: Normalizer, images: list[np.ndarray], config: Config) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+    """Corrupted copies of the validation normals (H, W): index of the normal, views (1, V, H, W), changed pixels (H, W), for `fit_fusion`."""
+    count, size = config.inference.implants, config.inference.batch_size
+    with tqdm(total=count, desc="corrupted normals", unit="image") as progress:
+        for first in range(0, count, size):
+            origins, corrupted, changed = [], [], []
+            for number in range(first, min(first + size, count)):
+                random = np.random.default_rng((config.runtime.seed, number))
+                origins.append(number % len(images))
+                image, where = corrupt(images[origins[-1]], images[random.integers(len(images))], random)
+                corrupted.append(torch.from_numpy(image))
+                changed.append(where)
+            views = model.examine(torch.stack(corrupted).unsqueeze(1)).views.cpu()
+            yield from zip(origins, views.split(1), changed, strict=True)
+            progress.update(len(origins))
 
 
 def save_calibration(path: Path, calibration: Calibration, config: Config) -> None:
@@ -254,6 +208,7 @@ def save_calibration(path: Path, calibration: Calibration, config: Config) -> No
     content |= {"identity_error": calibration.identity_error, "vae_error": calibration.vae_error}
     if calibration.statistics is not None:
         content |= {"pixel_mean": calibration.statistics.mean.cpu().numpy(), "pixel_std": calibration.statistics.std.cpu().numpy()}
+        content |= {"fusion_weights": calibration.fusion.weights.cpu().numpy(), "fusion_bias": calibration.fusion.bias}
     content |= {"vae_sha256": sha256(config.inference.vae_checkpoint), "flow_sha256": sha256(config.inference.flow_checkpoint)}
 
     def write(beside: Path) -> None:

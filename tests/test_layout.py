@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = {path.stem: ast.parse(path.read_text()) for path in sorted(ROOT.glob("*.py"))}
 SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference"}
-LEAVES = {"image_ops", "flowdiff_process", "runtime", "metrics", "plotting", "phantom", "phantom_anatomy", "radiograph_io"}
-PARTS = {"calibration", "dataset", "latent_dataset", "model", "flowdiff_model", "flowdiff_loss"}
-LIGHT = {"config", "phantom", "phantom_anatomy", "radiograph_io", "metrics"}  # run without torch
+LEAVES = {"corruption", "image_ops", "flowdiff_process", "runtime", "metrics", "plotting", "phantom", "phantom_anatomy", "radiograph_io"}
+PARTS = {"calibration", "dataset", "latent_dataset", "model", "normalizer", "flowdiff_model", "flowdiff_loss"}
+LIGHT = {"config", "corruption", "phantom", "phantom_anatomy", "radiograph_io", "metrics"}  # run without torch
 
 each_file = pytest.mark.parametrize("name", FILES)
 

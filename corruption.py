@@ -1,0 +1,146 @@
+"""What does not belong: generic corruptions of a normal radiograph, the training pairs of repair (DESIGN of phase 3: L_repair).
+
+A corruption is a random shape with a random content at a random place. It imitates no disease: what G learns is that whatever
+does not fit its surroundings goes. Leaf module: numpy and SciPy only.
+"""
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, map_coordinates, zoom
+
+SMALLEST, LARGEST = 0.012, 0.20  # radius of a shape as a share of the image height, drawn on a logarithmic scale
+MOST_SHAPES = 4
+LEAST_CHANGE = 0.08  # mean change inside a shape, in units of [-1, 1], that counts as one
+
+
+def corrupt(image: np.ndarray, donor: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of `image` with one to four foreign shapes in it, and where they are.
+
+    image, donor: float32 (H, W) in [-1, 1]; the donor, another normal radiograph, lends what is pasted.
+    Returns the corrupted image, float32 (H, W) in [-1, 1], and the changed pixels, bool (H, W).
+    """
+    height, width = image.shape
+    corrupted, wanted, changed = image.copy(), int(random.integers(1, MOST_SHAPES + 1)), np.zeros(image.shape, bool)
+    tries = 0
+    while wanted > 0 and (tries < 3 * wanted or not changed.any()):  # a shape that happens to change nothing is drawn again
+        tries += 1
+        radius = height * np.exp(random.uniform(np.log(SMALLEST), np.log(LARGEST)))
+        centre = random.uniform(0.05, 0.95) * height, random.uniform(0.03, 0.97) * width
+        reach = int(np.ceil(2.5 * radius)) + 3
+        box = tuple(slice(max(0, int(c) - reach), min(size, int(c) + reach + 1)) for c, size in zip(centre, image.shape, strict=True))
+        rows, columns = np.mgrid[box].astype(np.float32)
+        opacity = SHAPES[random.integers(len(SHAPES))](rows - centre[0], columns - centre[1], radius, random)
+        content = CONTENTS[random.integers(len(CONTENTS))](corrupted[box], donor, opacity, radius, random)
+        mixed = np.clip(corrupted[box] + opacity * (content - corrupted[box]), -1, 1)
+        difference = np.abs(mixed - corrupted[box])
+        inside = opacity > 0.5
+        if not inside.any() or difference[inside].mean() < LEAST_CHANGE:
+            continue
+        corrupted[box] = mixed
+        changed[box] |= difference > LEAST_CHANGE / 2
+        wanted -= 1
+    return corrupted, changed
+
+
+def _soften(distance: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """Opacity in [0, 1] from a signed distance in pixels, positive inside: from a hard edge to one as wide as half the radius."""
+    edge = np.exp(random.uniform(np.log(0.7), np.log(max(0.8, 0.5 * radius))))
+    return np.clip(0.5 + distance / (2 * edge), 0, 1).astype(np.float32)
+
+
+def _turn(dy: np.ndarray, dx: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    angle = random.uniform(0, np.pi)
+    return dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+
+
+def ellipse(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """An oval with an uneven outline."""
+    u, v = _turn(dy, dx, random)
+    aspect = np.exp(random.uniform(0, np.log(2.5)) / 2)
+    u, v = u / aspect, v * aspect
+    around = np.arctan2(v, u)
+    outline = sum(a / k * np.cos((k + 1) * around + p) for k, a, p in zip((1, 2, 3, 4), random.normal(0, 0.12, 4), random.uniform(0, 6.3, 4), strict=True))
+    return _soften(radius * (1 + outline) - np.hypot(u, v), radius, random)
+
+
+def polygon(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """A convex shape with three to seven straight sides."""
+    u, v = _turn(dy, dx, random)
+    aspect = np.exp(random.uniform(0, np.log(2.5)) / 2)
+    u, v = u / aspect, v * aspect
+    sides = int(random.integers(3, 8))
+    angles = (np.arange(sides) + random.uniform(-0.3, 0.3, sides)) * 2 * np.pi / sides
+    corner = 1.4 * radius - np.hypot(u, v)  # the sides of a triangle may meet far away
+    distance = np.min([corner, *(radius * random.uniform(0.6, 1) - (u * np.cos(a) + v * np.sin(a)) for a in angles)], axis=0)
+    return _soften(distance, radius, random)
+
+
+def stroke(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """A bent line, up to four times as long as the radius."""
+    u, v = _turn(dy, dx, random)
+    length, thickness, bend = radius * random.uniform(1, 2), max(0.8, radius * random.uniform(0.08, 0.3)), random.normal(0, 0.3) / radius
+    distance = thickness - np.hypot(np.maximum(np.abs(u) - length, 0), v - bend * np.minimum(u**2, length**2))
+    return _soften(distance, thickness, random)
+
+
+def cloud(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """Patches of a smooth random field within a circle."""
+    field = _smooth_noise(dy.shape, max(1.0, radius * random.uniform(0.2, 0.6)), random)
+    inside = np.clip((1.3 * radius - np.hypot(dy, dx)) / (0.3 * radius + 1), 0, 1)
+    return (inside * np.clip(0.5 + random.uniform(1, 4) * (field + random.uniform(-0.3, 0.6)), 0, 1)).astype(np.float32)
+
+
+SHAPES = (ellipse, ellipse, polygon, stroke, cloud)
+
+
+def level(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """One grey level, more or less opaque."""
+    return here + random.uniform(0.4, 1) * (random.uniform(-1, 1) - here)
+
+
+def offset(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """The same structures, darker or brighter."""
+    return here + random.choice([-1, 1]) * random.uniform(0.12, 0.8)
+
+
+def shade(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """Attenuation scaled: towards black, or towards white."""
+    scale = random.uniform(0.15, 0.8)
+    return (here + 1) * scale - 1 if random.random() < 0.5 else 1 - (1 - here) * scale
+
+
+def texture(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """Smooth noise of a random grain, laid over."""
+    return here + random.uniform(0.15, 0.6) * _smooth_noise(here.shape, np.exp(random.uniform(np.log(0.6), np.log(max(0.7, radius / 2)))), random)
+
+
+def paste(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """A piece of another radiograph from another place, turned and enlarged at random."""
+    rows, columns = np.mgrid[: here.shape[0], : here.shape[1]].astype(np.float32)
+    u, v = _turn(rows - here.shape[0] / 2, columns - here.shape[1] / 2, random)
+    scale = random.uniform(0.6, 1.4) * random.choice([-1, 1])
+    centre = random.uniform(0.1, 0.9, 2) * donor.shape
+    return map_coordinates(donor, [centre[0] + scale * v, centre[1] + scale * u], order=1, mode="reflect")
+
+
+def smear(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """Structure wiped out, or exaggerated."""
+    smooth = gaussian_filter(here, max(1.0, radius * random.uniform(0.3, 1)))
+    return smooth if random.random() < 0.6 else smooth + random.uniform(1.5, 3) * (here - smooth)
+
+
+def rim(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """A change of grey whose border has the opposite sign."""
+    change = random.choice([-1, 1]) * random.uniform(0.2, 0.7)
+    border = 4 * opacity * (1 - opacity)
+    return here + change * (1 - (1 + random.uniform(0.3, 1.2)) * border)
+
+
+CONTENTS = (level, offset, offset, shade, shade, texture, paste, smear, rim)
+
+
+def _smooth_noise(shape: tuple[int, int], grain: float, random: np.random.Generator) -> np.ndarray:
+    """Gaussian noise of unit standard deviation, correlated over `grain` pixels."""
+    coarse = [max(2, int(np.ceil(size / grain)) + 3) for size in shape]
+    field = zoom(random.standard_normal(coarse).astype(np.float32), [size / c for size, c in zip(shape, coarse, strict=True)], order=1, mode="nearest")
+    field = field[: shape[0], : shape[1]]
+    return field / (field.std() + 1e-6)

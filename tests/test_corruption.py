@@ -1,0 +1,70 @@
+"""Corruptions: where they say they are, within range, drawn by the generator alone."""
+
+import numpy as np
+import pytest
+
+import corruption
+from corruption import CONTENTS, LEAST_CHANGE, SHAPES, corrupt
+
+
+def radiograph(seed=0, shape=(64, 128)):
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    waves = np.sin(rows / 7 + seed) * np.cos(columns / (5 + seed))
+    return (0.6 * waves).astype(np.float32)
+
+
+def drawn(seed):
+    return corrupt(radiograph(), radiograph(1), np.random.default_rng(seed))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nothing_changes_outside_the_mask(seed):
+    corrupted, changed = drawn(seed)
+    assert changed.any() and not changed.all()
+    assert np.abs(corrupted - radiograph())[~changed].max() <= corruption.MOST_SHAPES * LEAST_CHANGE / 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_corrupted_radiograph_stays_a_radiograph(seed):
+    corrupted, changed = drawn(seed)
+    assert corrupted.dtype == np.float32 and changed.dtype == bool and corrupted.shape == changed.shape == (64, 128)
+    assert -1 <= corrupted.min() and corrupted.max() <= 1
+
+
+def test_the_generator_decides_everything():
+    np.testing.assert_array_equal(drawn(3)[0], drawn(3)[0])
+    assert np.abs(drawn(3)[0] - drawn(4)[0]).max() > LEAST_CHANGE
+
+
+def test_the_normal_and_the_donor_are_left_alone():
+    image, donor = radiograph(), radiograph(1)
+    corrupt(image, donor, np.random.default_rng(0))
+    np.testing.assert_array_equal(image, radiograph())
+    np.testing.assert_array_equal(donor, radiograph(1))
+
+
+def test_corruptions_reach_from_a_few_pixels_to_a_good_part_of_the_jaw():
+    shares = [drawn(seed)[1].mean() for seed in range(200)]
+    assert min(shares) < 0.005 and max(shares) > 0.1
+
+
+def test_corruptions_are_darker_as_often_as_brighter():
+    signs = [np.sign((corrupted - radiograph())[changed].mean()) for corrupted, changed in map(drawn, range(200))]
+    assert abs(np.mean(signs)) < 0.3
+
+
+@pytest.mark.parametrize("shape", set(SHAPES), ids=lambda shape: shape.__name__)
+def test_an_opacity_lies_in_zero_to_one_and_covers_its_centre_region(shape):
+    rows, columns = np.mgrid[-40:41, -40:41].astype(np.float32)
+    for seed in range(10):
+        opacity = shape(rows, columns, 10.0, np.random.default_rng(seed))
+        assert opacity.shape == rows.shape and opacity.min() >= 0 and opacity.max() <= 1
+        assert opacity[np.hypot(rows, columns) > 36].max() == 0
+
+
+@pytest.mark.parametrize("content", set(CONTENTS), ids=lambda content: content.__name__)
+def test_every_content_changes_what_is_there(content):
+    here = radiograph(2)
+    opacity = SHAPES[0](*np.mgrid[-32:32, -64:64].astype(np.float32), 20.0, np.random.default_rng(0))
+    there = content(here, radiograph(1), opacity, 10.0, np.random.default_rng(1))
+    assert there.shape == here.shape and np.isfinite(there).all() and np.abs(there - here).mean() > 0.01
