@@ -12,7 +12,7 @@ DEMO_ARGS := --preset demo --outputs $(DEMO) --data.root $(DEMO)/phantoms --runt
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(RUN) phantom.py --out $(DEMO)/phantoms --preset-demo --seed $(SEED)
+	$(RUN) -m phantoms.phantom --out $(DEMO)/phantoms --train 240 --val 30 --test-normal 30 --test-per-lesion 15 --height 128 --width 256 --seed $(SEED)
 	$(RUN) train_vae.py $(DEMO_ARGS)
 	$(RUN) extract_latents.py $(DEMO_ARGS)
 	$(RUN) train_flowdiff.py $(DEMO_ARGS)

@@ -22,7 +22,11 @@ ALIGNMENT_SIGMA = 3.0  # pixels; panoramics align only roughly, so a pixel's sta
 SMALLEST_SPREAD = 0.3  # of the mean spread of a feature: air would otherwise divide by almost nothing
 LARGEST_DEVIATION = 10.0  # standard deviations; beyond, more of the same says nothing new
 REGULARIZATION = 0.01  # C of the logistic regression; the features are many and alike
-PIXELS_INSIDE, PIXELS_OUTSIDE, PIXELS_NORMAL = 300, 600, 2000  # drawn from each corrupted image, in and out of what changed, and from each normal
+PIXELS_INSIDE, PIXELS_OUTSIDE, PIXELS_NORMAL = (
+    300,
+    600,
+    2000,
+)  # drawn from each corrupted image, in and out of what changed, and from each normal
 
 
 def features(views: Tensor) -> Tensor:
@@ -100,7 +104,9 @@ class Fusion:
         return Fusion(self.weights.to(device), self.bias)
 
 
-def fit_fusion(normals: NormalViews, implanted: Iterable[tuple[int, Tensor, np.ndarray]], seed: int) -> tuple[Fusion, Tensor]:
+def fit_fusion(
+    normals: NormalViews, implanted: Iterable[tuple[int, Tensor, np.ndarray]], seed: int
+) -> tuple[Fusion, Tensor]:
     """The fusion, and the map (N, 1, H, W) of each normal under the statistics of the others.
 
     implanted: of each corrupted image, the index of the normal it was made from, its views (1, V, H, W) and the changed pixels,

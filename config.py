@@ -7,10 +7,8 @@ Edit a default here, or override any field when running a script:
 Importing this file is cheap: it loads no torch.
 """
 
-import argparse
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,15 +35,21 @@ class DataConfig:
     test: str = ""  # what phase 4 examines: a folder or a manifest.csv; empty takes the test split of root
     height: int = 256  # model input in pixels; a multiple of 8 x 2^(UNet levels - 1)
     width: int = 256  # rectangles work: 256 x 512 is the natural shape of a panoramic
-    fit: Literal["stretch", "pad"] = "stretch"  # stretch squashes to height x width; pad keeps the aspect ratio and fills with black
+    fit: Literal["stretch", "pad"] = (
+        "stretch"  # stretch squashes to height x width; pad keeps the aspect ratio and fills with black
+    )
     percentile_low: float = 0.1  # intensities at or below this percentile become -1
     percentile_high: float = 99.9  # intensities at or above this percentile become +1; 99.5 if metal darkens the rest
     val_share: float = 0.15  # share of patients held out for validation where no split is given
     test_share: float = 0.15  # share of normal patients held out for testing where a manifest has labels but no split
-    max_bad_share: float = 0.05  # a run stops if more than this share of the files cannot be read; fewer go to skipped_files.csv
+    max_bad_share: float = (
+        0.05  # a run stops if more than this share of the files cannot be read; fewer go to skipped_files.csv
+    )
     cache_gb: float = 4.0  # decoded images kept in memory up to this size; 0 reads every file anew each epoch
     num_workers: int = 4  # loader processes; 0 loads in the main process
-    flip: bool = False  # mirror left-right at random; doubles the data, but left and right then mean nothing to the model
+    flip: bool = (
+        False  # mirror left-right at random; doubles the data, but left and right then mean nothing to the model
+    )
     rotate_degrees: float = 3.0  # augmentation: random rotation up to this angle; 0 switches it off
     shift_share: float = 0.02  # augmentation: random shift up to this share of the image size
     scale_share: float = 0.05  # augmentation: random zoom in [1 - s, 1 + s]
@@ -55,7 +59,10 @@ class DataConfig:
     noise_std: float = 0.01  # augmentation: Gaussian noise up to this standard deviation, in units of [-1, 1]
 
     def __post_init__(self):
-        _require(self.height > 0 and self.width > 0, f"data.height and data.width must be positive, got {self.height} x {self.width}")
+        _require(
+            self.height > 0 and self.width > 0,
+            f"data.height and data.width must be positive, got {self.height} x {self.width}",
+        )
         ordered = 0 <= self.percentile_low < self.percentile_high <= 100
         _require(ordered, "data.percentile_low must lie below data.percentile_high, both in [0, 100]")
         for name in ("val_share", "test_share"):
@@ -86,19 +93,37 @@ class VAEConfig:
     grad_clip: float = 1.0  # largest gradient norm
     validate_every: int = 500  # steps between validations; each writes a PNG grid
     log_every: int = 50  # steps between log lines
-    scratch_channels: tuple[int, ...] = (32, 64, 64, 64)  # "scratch" only: channels per level; each level but the last halves the image
+    scratch_channels: tuple[int, ...] = (
+        32,
+        64,
+        64,
+        64,
+    )  # "scratch" only: channels per level; each level but the last halves the image
     scratch_latent_channels: int = 4  # "scratch" only: channels of the latent
     output: str = "./outputs/phase1_vae"  # checkpoints, log.csv, validation grids
 
     def __post_init__(self):
-        for name in ("lambda_pix", "lambda_grad", "lambda_hf", "lambda_ssim", "beta_kl", "weight_decay", "lr_warmup_steps"):
+        for name in (
+            "lambda_pix",
+            "lambda_grad",
+            "lambda_hf",
+            "lambda_ssim",
+            "beta_kl",
+            "weight_decay",
+            "lr_warmup_steps",
+        ):
             _require_range(f"vae.{name}", getattr(self, name), 0)
-        _require(self.lambda_pix + self.lambda_grad + self.lambda_hf + self.lambda_ssim > 0, "vae: at least one reconstruction weight must be above 0")
+        _require(
+            self.lambda_pix + self.lambda_grad + self.lambda_hf + self.lambda_ssim > 0,
+            "vae: at least one reconstruction weight must be above 0",
+        )
         for name in ("lr", "grad_clip"):
             _require(getattr(self, name) > 0, f"vae.{name} must be above 0, got {getattr(self, name)}")
         for name in ("batch_size", "steps", "validate_every", "log_every", "scratch_latent_channels"):
             _require_range(f"vae.{name}", getattr(self, name), 1)
-        _require(self.pretrained != "", 'vae.pretrained is empty: give a hub name, a local diffusers folder, or "scratch"')
+        _require(
+            self.pretrained != "", 'vae.pretrained is empty: give a hub name, a local diffusers folder, or "scratch"'
+        )
 
 
 @dataclass(frozen=True)
@@ -107,8 +132,12 @@ class LatentConfig:
 
     vae_checkpoint: str = "./outputs/phase1_vae/checkpoint_best.pt"  # the VAE of phase 1
     batch_size: int = 16  # images encoded at once
-    augmented_copies: int = 4  # augmented latents per training image beside the plain one; useful below some thousand images
-    outlier_std: float = 8.0  # a latent whose mean or spread lies this many robust deviations out is named as a likely bad file
+    augmented_copies: int = (
+        4  # augmented latents per training image beside the plain one; useful below some thousand images
+    )
+    outlier_std: float = (
+        8.0  # a latent whose mean or spread lies this many robust deviations out is named as a likely bad file
+    )
     output: str = "./outputs/phase2_latents"  # latents_{train,val}.npy and .pkl, latents.json
 
     def __post_init__(self):
@@ -118,7 +147,7 @@ class LatentConfig:
 
 
 @dataclass(frozen=True)
-class FlowDiffModelConfig:
+class UNetConfig:
     """The dual-head UNet of phase 3."""
 
     channels: tuple[int, ...] = (128, 256, 512)  # features per level; each level but the last halves the latent
@@ -129,15 +158,22 @@ class FlowDiffModelConfig:
     dropout: float = 0.0  # dropout in the residual blocks; 0.1 helps on a few hundred images
 
     def __post_init__(self):
-        _require(len(self.channels) >= 1, "model.channels must name at least one level")
-        _require(len(self.channels) == len(self.attention), f"model.attention needs one entry per level: {len(self.channels)}, got {len(self.attention)}")
+        _require(len(self.channels) >= 1, "unet.channels must name at least one level")
+        _require(
+            len(self.channels) == len(self.attention),
+            f"unet.attention needs one entry per level: {len(self.channels)}, got {len(self.attention)}",
+        )
         for channels, attends in zip(self.channels, self.attention, strict=True):
             _require(
-                channels > 0 and channels % self.norm_groups == 0, f"model.channels must be multiples of model.norm_groups = {self.norm_groups}, got {channels}"
+                channels > 0 and channels % self.norm_groups == 0,
+                f"unet.channels must be multiples of unet.norm_groups = {self.norm_groups}, got {channels}",
             )
-            _require(not attends or channels % self.attention_head_dim == 0, f"model.attention_head_dim = {self.attention_head_dim} must divide {channels}")
-        _require_range("model.layers_per_block", self.layers_per_block, 1)
-        _require_range("model.dropout", self.dropout, 0, 0.9)
+            _require(
+                not attends or channels % self.attention_head_dim == 0,
+                f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}",
+            )
+        _require_range("unet.layers_per_block", self.layers_per_block, 1)
+        _require_range("unet.dropout", self.dropout, 0, 0.9)
 
     @property
     def downsampling(self) -> int:
@@ -153,7 +189,9 @@ class FlowDiffTrainingConfig:
     lambda_flow: float = 0.5  # weight of the velocity (flow head)
     lambda_id_global: float = 0.1  # weight of |x - G(x)| once warmed up; more: normals change less, but so do lesions
     identity_noise_level: float = 0.4  # how far out G walks in the identity loss; keep it at inference.noise_level
-    identity_space: Literal["pixel", "latent"] = "pixel"  # pixel decodes through the frozen decoder (the real thing); latent is some ten times cheaper
+    identity_space: Literal["pixel", "latent"] = (
+        "pixel"  # pixel decodes through the frozen decoder (the real thing); latent is some ten times cheaper
+    )
     identity_share: float = 0.25  # share of each batch that the identity loss sees; at least one image
     identity_solver: Literal["one_step", "euler", "heun", "ddim"] = "one_step"  # how G walks back in the identity loss
     identity_steps: int = 1  # steps of that walk; the memory of training grows with it
@@ -178,7 +216,10 @@ class FlowDiffTrainingConfig:
         for name in ("lambda_diff", "lambda_flow", "lambda_id_global", "weight_decay", "lr_warmup_steps"):
             _require_range(f"flowdiff.{name}", getattr(self, name), 0)
         _require(self.lambda_diff > 0 or self.lambda_flow > 0, "flowdiff: lambda_diff or lambda_flow must be above 0")
-        _require(0 < self.identity_noise_level < 1, f"flowdiff.identity_noise_level must lie in (0, 1), got {self.identity_noise_level}")
+        _require(
+            0 < self.identity_noise_level < 1,
+            f"flowdiff.identity_noise_level must lie in (0, 1), got {self.identity_noise_level}",
+        )
         _require(0 < self.identity_share <= 1, f"flowdiff.identity_share must lie in (0, 1], got {self.identity_share}")
         for name in ("lr", "grad_clip"):
             _require(getattr(self, name) > 0, f"flowdiff.{name} must be above 0, got {getattr(self, name)}")
@@ -194,19 +235,33 @@ class FlowDiffTrainingConfig:
 class InferenceConfig:
     """Phase 4, inference.py: G(x), the anomaly map, the score."""
 
-    method: Literal["plain", "calibrated"] = "plain"  # plain is the formula below; calibrated fuses many views as validation normals teach
+    method: Literal["plain", "calibrated"] = (
+        "plain"  # plain is the formula below; calibrated fuses many views as validation normals teach
+    )
     noise_level: float = 0.4  # how far G walks out; 0 changes nothing, 1 forgets the image. Useful: 0.2 to 0.5
-    solver: Literal["one_step", "euler", "heun", "ddim"] = "euler"  # how G walks back; ddim uses the diffusion head, the others the flow head
+    solver: Literal["one_step", "euler", "heun", "ddim"] = (
+        "euler"  # how G walks back; ddim uses the diffusion head, the others the flow head
+    )
     steps: int = 8  # steps of that walk; one_step takes one
     draws: int = 1  # noise draws whose G(x) are averaged; more: less random, slower
-    levels: tuple[float, ...] = (0.1, 0.2, 0.3)  # calibrated: noise levels of the views; low ones keep detail, high ones remove more
+    levels: tuple[float, ...] = (
+        0.1,
+        0.2,
+        0.3,
+    )  # calibrated: noise levels of the views; low ones keep detail, high ones remove more
     implants: int = 160  # calibrated: corrupted validation normals the fusion of the views is fitted to
     alpha_l1: float = 1.0  # weight of |x - G(x)| in the anomaly map
     beta_grad: float = 0.5  # weight of the gradient residual
     gamma_hf: float = 0.3  # weight of the Laplacian residual
-    smooth_sigma: float = 0.0  # Gaussian blur of the anomaly map in pixels; 0 leaves the formula exact, 2 to 4 suppresses speckle
-    top_share: float = 0.01  # the image score is the mean of this share of highest map values: about the area of a lesion
-    target_fpr: float = 0.05  # share of validation normals above the image threshold, and of their pixels above the map threshold
+    smooth_sigma: float = (
+        0.0  # Gaussian blur of the anomaly map in pixels; 0 leaves the formula exact, 2 to 4 suppresses speckle
+    )
+    top_share: float = (
+        0.01  # the image score is the mean of this share of highest map values: about the area of a lesion
+    )
+    target_fpr: float = (
+        0.05  # share of validation normals above the image threshold, and of their pixels above the map threshold
+    )
     batch_size: int = 8  # images at once
     figures: int = -1  # result_XXX.png for this many images, spread evenly over the kinds; -1 draws all, 0 none
     save_maps: bool = True  # anomaly maps as .npy at the size of the original image
@@ -218,7 +273,10 @@ class InferenceConfig:
         _require(0 < self.noise_level < 1, f"inference.noise_level must lie in (0, 1), got {self.noise_level}")
         for name in ("alpha_l1", "beta_grad", "gamma_hf", "smooth_sigma"):
             _require_range(f"inference.{name}", getattr(self, name), 0)
-        _require(self.alpha_l1 + self.beta_grad + self.gamma_hf > 0, "inference: one of alpha_l1, beta_grad, gamma_hf must be above 0")
+        _require(
+            self.alpha_l1 + self.beta_grad + self.gamma_hf > 0,
+            "inference: one of alpha_l1, beta_grad, gamma_hf must be above 0",
+        )
         for name in ("steps", "draws", "batch_size"):
             _require_range(f"inference.{name}", getattr(self, name), 1)
         _require(0 < self.top_share <= 1, f"inference.top_share must lie in (0, 1], got {self.top_share}")
@@ -235,9 +293,13 @@ class RuntimeConfig:
 
     seed: int = 0  # fixes every random draw: split, augmentation, weights, noise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
-    precision: Literal["auto", "no", "bf16"] = "auto"  # training only: auto takes bf16 where the hardware multiplies it; inference is float32
+    precision: Literal["auto", "no", "bf16"] = (
+        "auto"  # training only: auto takes bf16 where the hardware multiplies it; inference is float32
+    )
     resume: bool = True  # continue from checkpoint_last.pt where one exists; --runtime.resume False starts anew
-    wandb: Literal["disabled", "offline", "online"] = "disabled"  # numbers only, never an image; online needs WANDB_API_KEY
+    wandb: Literal["disabled", "offline", "online"] = (
+        "disabled"  # numbers only, never an image; online needs WANDB_API_KEY
+    )
     wandb_project: str = "dental-normalizer"  # project the runs appear under
     checkpoint_every: int = 1_000  # steps between writes of checkpoint_last.pt in phases 1 and 3
 
@@ -253,20 +315,20 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
-    model: FlowDiffModelConfig = field(default_factory=FlowDiffModelConfig)
+    unet: UNetConfig = field(default_factory=UNetConfig)
     flowdiff: FlowDiffTrainingConfig = field(default_factory=FlowDiffTrainingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self):
-        divisor = VAE_DOWNSAMPLING * self.model.downsampling
+        divisor = VAE_DOWNSAMPLING * self.unet.downsampling
         for name in ("height", "width"):
             size = getattr(self.data, name)
             below, above = size // divisor * divisor, -(-size // divisor) * divisor
             nearest = " or ".join(str(s) for s in (below, above) if s > 0)
             _require(
                 size % divisor == 0,
-                f"data.{name} = {size} does not divide by {divisor} (VAE {VAE_DOWNSAMPLING} x UNet {self.model.downsampling}): use {nearest}",
+                f"data.{name} = {size} does not divide by {divisor} (VAE {VAE_DOWNSAMPLING} x UNet {self.unet.downsampling}): use {nearest}",
             )
 
 
@@ -279,7 +341,11 @@ def with_outputs(config: Config, folder: str) -> Config:
 
     def moved(phase):
         paths = {f.name: getattr(phase, f.name) for f in dataclasses.fields(phase)}
-        paths = {name: folder + path[len("./outputs") :] for name, path in paths.items() if isinstance(path, str) and path.startswith("./outputs/")}
+        paths = {
+            name: folder + path[len("./outputs") :]
+            for name, path in paths.items()
+            if isinstance(path, str) and path.startswith("./outputs/")
+        }
         return dataclasses.replace(phase, **paths)
 
     return dataclasses.replace(config, **{f.name: moved(getattr(config, f.name)) for f in dataclasses.fields(config)})
@@ -291,7 +357,7 @@ def _cpu() -> Config:
             data=DataConfig(num_workers=0),
             vae=VAEConfig(pretrained="madebyollin/taesd", lr=3e-4, lr_warmup_steps=30, batch_size=4, steps=450, validate_every=75, log_every=25),
             latent=LatentConfig(augmented_copies=4),
-            model=FlowDiffModelConfig(channels=(64, 128, 192), layers_per_block=1, attention=(False, False, True), norm_groups=16),
+            unet=UNetConfig(channels=(64, 128, 192), layers_per_block=1, attention=(False, False, True), norm_groups=16),
             flowdiff=FlowDiffTrainingConfig(
                 identity_space="latent", phase1_steps=1_200, total_steps=1_600, identity_warmup_start=1_200, identity_warmup_end=1_350,
                 batch_size=16, lr=4e-4, lr_warmup_steps=100, ema_decay=0.998, validate_every=200, sample_every=800, log_every=50,
@@ -308,7 +374,7 @@ def _demo() -> Config:
             ),
             vae=VAEConfig(pretrained="./assets/phantom_vae", lr=2e-4, lr_warmup_steps=10, batch_size=4, steps=100, validate_every=50, log_every=10),
             latent=LatentConfig(augmented_copies=8),
-            model=FlowDiffModelConfig(channels=(64, 128, 128), layers_per_block=1, attention=(False, False, True), norm_groups=16),
+            unet=UNetConfig(channels=(64, 128, 128), layers_per_block=1, attention=(False, False, True), norm_groups=16),
             flowdiff=FlowDiffTrainingConfig(
                 identity_space="latent", phase1_steps=900, total_steps=1_200, identity_warmup_start=800, identity_warmup_end=1_000,
                 batch_size=16, lr=5e-4, lr_warmup_steps=50, ema_decay=0.995, validate_every=200, sample_every=600, log_every=50,
@@ -326,26 +392,6 @@ def preset(name: str, outputs: str | None = None) -> Config:
     _require(name in PRESETS, f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     build, folder = PRESETS[name]
     return with_outputs(build(), outputs or folder)
-
-
-def parse_config(description: str, argv: list[str] | None = None) -> Config:
-    """The command line as a Config: --preset and --outputs choose the defaults, any other flag overrides one field.
-
-    Raises UsageError for an unknown preset or a value the dataclasses refuse; tyro itself ends the program on an unknown flag.
-    """
-    import tyro
-
-    argv = sys.argv[1:] if argv is None else argv
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="default")
-    first.add_argument("--outputs")
-    chosen, rest = first.parse_known_args(argv)
-    defaults = preset(chosen.preset, chosen.outputs)
-    text = (
-        f"{description}\n\nBefore any other flag is read, --preset {{{','.join(PRESETS)}}} chooses the defaults shown below, "
-        "and --outputs DIR puts everything the four phases write and hand on below DIR. Every default is a line of config.py."
-    )
-    return tyro.cli(Config, default=defaults, args=rest, description=text, config=(tyro.conf.FlagConversionOff,))
 
 
 def rebuild_phase(phase: type, stored: dict):

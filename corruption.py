@@ -21,12 +21,17 @@ def corrupt(image: np.ndarray, donor: np.ndarray, random: np.random.Generator) -
     height, width = image.shape
     corrupted, wanted, changed = image.copy(), int(random.integers(1, MOST_SHAPES + 1)), np.zeros(image.shape, bool)
     tries = 0
-    while wanted > 0 and (tries < 3 * wanted or not changed.any()):  # a shape that happens to change nothing is drawn again
+    while wanted > 0 and (
+        tries < 3 * wanted or not changed.any()
+    ):  # a shape that happens to change nothing is drawn again
         tries += 1
         radius = height * np.exp(random.uniform(np.log(SMALLEST), np.log(LARGEST)))
         centre = random.uniform(0.05, 0.95) * height, random.uniform(0.03, 0.97) * width
         reach = int(np.ceil(2.5 * radius)) + 3
-        box = tuple(slice(max(0, int(c) - reach), min(size, int(c) + reach + 1)) for c, size in zip(centre, image.shape, strict=True))
+        box = tuple(
+            slice(max(0, int(c) - reach), min(size, int(c) + reach + 1))
+            for c, size in zip(centre, image.shape, strict=True)
+        )
         rows, columns = np.mgrid[box].astype(np.float32)
         opacity = SHAPES[random.integers(len(SHAPES))](rows - centre[0], columns - centre[1], radius, random)
         content = CONTENTS[random.integers(len(CONTENTS))](corrupted[box], donor, opacity, radius, random)
@@ -58,7 +63,10 @@ def ellipse(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Gen
     aspect = np.exp(random.uniform(0, np.log(2.5)) / 2)
     u, v = u / aspect, v * aspect
     around = np.arctan2(v, u)
-    outline = sum(a / k * np.cos((k + 1) * around + p) for k, a, p in zip((1, 2, 3, 4), random.normal(0, 0.12, 4), random.uniform(0, 6.3, 4), strict=True))
+    outline = sum(
+        a / k * np.cos((k + 1) * around + p)
+        for k, a, p in zip((1, 2, 3, 4), random.normal(0, 0.12, 4), random.uniform(0, 6.3, 4), strict=True)
+    )
     return _soften(radius * (1 + outline) - np.hypot(u, v), radius, random)
 
 
@@ -70,14 +78,20 @@ def polygon(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Gen
     sides = int(random.integers(3, 8))
     angles = (np.arange(sides) + random.uniform(-0.3, 0.3, sides)) * 2 * np.pi / sides
     corner = 1.4 * radius - np.hypot(u, v)  # the sides of a triangle may meet far away
-    distance = np.min([corner, *(radius * random.uniform(0.6, 1) - (u * np.cos(a) + v * np.sin(a)) for a in angles)], axis=0)
+    distance = np.min(
+        [corner, *(radius * random.uniform(0.6, 1) - (u * np.cos(a) + v * np.sin(a)) for a in angles)], axis=0
+    )
     return _soften(distance, radius, random)
 
 
 def stroke(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
     """A bent line, up to four times as long as the radius."""
     u, v = _turn(dy, dx, random)
-    length, thickness, bend = radius * random.uniform(1, 2), max(0.8, radius * random.uniform(0.08, 0.3)), random.normal(0, 0.3) / radius
+    length, thickness, bend = (
+        radius * random.uniform(1, 2),
+        max(0.8, radius * random.uniform(0.08, 0.3)),
+        random.normal(0, 0.3) / radius,
+    )
     distance = thickness - np.hypot(np.maximum(np.abs(u) - length, 0), v - bend * np.minimum(u**2, length**2))
     return _soften(distance, thickness, random)
 
@@ -92,28 +106,40 @@ def cloud(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Gener
 SHAPES = (ellipse, ellipse, polygon, stroke, cloud)
 
 
-def level(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+def level(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
     """One grey level, more or less opaque."""
     return here + random.uniform(0.4, 1) * (random.uniform(-1, 1) - here)
 
 
-def offset(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+def offset(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
     """The same structures, darker or brighter."""
     return here + random.choice([-1, 1]) * random.uniform(0.12, 0.8)
 
 
-def shade(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+def shade(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
     """Attenuation scaled: towards black, or towards white."""
     scale = random.uniform(0.15, 0.8)
     return (here + 1) * scale - 1 if random.random() < 0.5 else 1 - (1 - here) * scale
 
 
-def texture(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+def texture(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
     """Smooth noise of a random grain, laid over."""
-    return here + random.uniform(0.15, 0.6) * _smooth_noise(here.shape, np.exp(random.uniform(np.log(0.6), np.log(max(0.7, radius / 2)))), random)
+    return here + random.uniform(0.15, 0.6) * _smooth_noise(
+        here.shape, np.exp(random.uniform(np.log(0.6), np.log(max(0.7, radius / 2)))), random
+    )
 
 
-def paste(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+def paste(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
     """A piece of another radiograph from another place, turned and enlarged at random."""
     rows, columns = np.mgrid[: here.shape[0], : here.shape[1]].astype(np.float32)
     u, v = _turn(rows - here.shape[0] / 2, columns - here.shape[1] / 2, random)
@@ -122,13 +148,17 @@ def paste(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: floa
     return map_coordinates(donor, [centre[0] + scale * v, centre[1] + scale * u], order=1, mode="reflect")
 
 
-def smear(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+def smear(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
     """Structure wiped out, or exaggerated."""
     smooth = gaussian_filter(here, max(1.0, radius * random.uniform(0.3, 1)))
     return smooth if random.random() < 0.6 else smooth + random.uniform(1.5, 3) * (here - smooth)
 
 
-def rim(here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+def rim(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
     """A change of grey whose border has the opposite sign."""
     change = random.choice([-1, 1]) * random.uniform(0.2, 0.7)
     border = 4 * opacity * (1 - opacity)
@@ -141,6 +171,11 @@ CONTENTS = (level, offset, offset, shade, shade, texture, paste, smear, rim)
 def _smooth_noise(shape: tuple[int, int], grain: float, random: np.random.Generator) -> np.ndarray:
     """Gaussian noise of unit standard deviation, correlated over `grain` pixels."""
     coarse = [max(2, int(np.ceil(size / grain)) + 3) for size in shape]
-    field = zoom(random.standard_normal(coarse).astype(np.float32), [size / c for size, c in zip(shape, coarse, strict=True)], order=1, mode="nearest")
+    field = zoom(
+        random.standard_normal(coarse).astype(np.float32),
+        [size / c for size, c in zip(shape, coarse, strict=True)],
+        order=1,
+        mode="nearest",
+    )
     field = field[: shape[0], : shape[1]]
     return field / (field.std() + 1e-6)

@@ -16,10 +16,13 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from config import Config, UsageError, parse_config
-from dataset import RadiographDataset, list_records, open_datasets, split_records
+from command_line import parse_config
+from config import Config, UsageError
+from dataset import RadiographDataset, open_datasets
+from files import load_checkpoint, sha256, write_atomically, write_json
 from model import RadiographVAE, rebuild_vae
-from runtime import load_checkpoint, plain, run_script, sha256, start, write_atomically, write_json
+from radiographs.manifest import list_records, split_records
+from runtime import plain, run_script, start
 
 
 def main() -> None:
@@ -41,10 +44,14 @@ def main() -> None:
     for split, copies in (("train", settings.augmented_copies), ("val", 0)):
         dataset = datasets[split]
         path = out / f"latents_{split}.npy"
-        write_atomically(path, lambda beside, d=dataset, s=split, c=copies: encode(vae, d, c, beside, config, accelerator.device, s))
+        write_atomically(
+            path, lambda beside, d=dataset, s=split, c=copies: encode(vae, d, c, beside, config, accelerator.device, s)
+        )
         latents[split] = np.load(path, mmap_mode="r")
         sources[split] = [str(record.path) for record in dataset.records] * (1 + copies)
-        write_atomically(out / f"latents_{split}.pkl", lambda beside, rows=sources[split]: beside.write_bytes(pickle.dumps(rows)))
+        write_atomically(
+            out / f"latents_{split}.pkl", lambda beside, rows=sources[split]: beside.write_bytes(pickle.dumps(rows))
+        )
 
     mean, std = channel_statistics(latents["train"])
     outliers = find_outliers(latents, sources, settings.outlier_std)
@@ -67,7 +74,15 @@ def main() -> None:
 
 
 @torch.no_grad()
-def encode(vae: RadiographVAE, dataset: RadiographDataset, copies: int, path: Path, config: Config, device: torch.device, split: str) -> None:
+def encode(
+    vae: RadiographVAE,
+    dataset: RadiographDataset,
+    copies: int,
+    path: Path,
+    config: Config,
+    device: torch.device,
+    split: str,
+) -> None:
     """Write the latents of every image, plain rows first, then each augmented copy, straight into the file: memory stays constant.
 
     Copy 0 is the image as it is; the epoch number of an augmented image is its copy number.
@@ -80,7 +95,9 @@ def encode(vae: RadiographVAE, dataset: RadiographDataset, copies: int, path: Pa
             for copy in range(1 + copies):
                 keys = [(copy, index) for index in range(len(dataset))]
                 images = dataset.augmented() if copy else dataset
-                for batch in DataLoader(images, batch_size=config.latent.batch_size, sampler=keys, num_workers=config.data.num_workers):
+                for batch in DataLoader(
+                    images, batch_size=config.latent.batch_size, sampler=keys, num_workers=config.data.num_workers
+                ):
                     mean, _ = vae.encode(batch["image"].to(device))
                     file.write(mean.float().cpu().numpy().astype("<f4").tobytes())
                     progress.update(len(mean))
@@ -103,31 +120,44 @@ def find_outliers(latents: dict[str, np.ndarray], sources: dict[str, list[str]],
 
     Raises UsageError if a latent is not finite: training on it would destroy the network.
     """
-    features = {split: np.stack([np.r_[row.mean((1, 2)), row.std((1, 2))] for row in rows]) for split, rows in latents.items()}
+    features = {
+        split: np.stack([np.r_[row.mean((1, 2)), row.std((1, 2))] for row in rows]) for split, rows in latents.items()
+    }
     for split, values in features.items():
         bad = sorted({Path(sources[split][row]).name for row in np.flatnonzero(~np.isfinite(values).all(1))})
         if bad:
-            raise UsageError(f"the latents of {', '.join(bad[:5])} ({len(bad)} files) are not finite: look at these files, or train phase 1 again")
+            raise UsageError(
+                f"the latents of {', '.join(bad[:5])} ({len(bad)} files) are not finite: look at these files, or train phase 1 again"
+            )
     median = np.median(features["train"], axis=0)
-    spread = 1.4826 * np.median(np.abs(features["train"] - median), axis=0) + 1e-6  # 1.4826 MAD estimates a normal's standard deviation
+    spread = (
+        1.4826 * np.median(np.abs(features["train"] - median), axis=0) + 1e-6
+    )  # 1.4826 MAD estimates a normal's standard deviation
     found = []
     for split, values in features.items():
         distance = (np.abs(values - median) / spread).max(axis=1)
         found += [
-            {"split": split, "row": int(row), "source": sources[split][row], "deviations": float(distance[row])} for row in np.flatnonzero(distance > limit)
+            {"split": split, "row": int(row), "source": sources[split][row], "deviations": float(distance[row])}
+            for row in np.flatnonzero(distance > limit)
         ]
     return found
 
 
-def summarize(latents: dict[str, np.ndarray], mean: np.ndarray, std: np.ndarray, outliers: list[dict], out: Path) -> None:
+def summarize(
+    latents: dict[str, np.ndarray], mean: np.ndarray, std: np.ndarray, outliers: list[dict], out: Path
+) -> None:
     """What a person checks before phase 3."""
     for split, rows in latents.items():
         split_mean, split_std = channel_statistics(rows)
-        print(f"{split}: {rows.shape[0]} latents of {' x '.join(map(str, rows.shape[1:]))}, raw mean {_list(split_mean)}, raw std {_list(split_std)}")
+        print(
+            f"{split}: {rows.shape[0]} latents of {' x '.join(map(str, rows.shape[1:]))}, raw mean {_list(split_mean)}, raw std {_list(split_std)}"
+        )
         print(f"  standardized: mean {_list((split_mean - mean) / std)}, std {_list(split_std / std)}")
     names = sorted({Path(outlier["source"]).name for outlier in outliers})
     if names:
-        print(f"{len(names)} file(s) lie far out, look at them (rows in latents.json): {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}")
+        print(
+            f"{len(names)} file(s) lie far out, look at them (rows in latents.json): {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
+        )
     print(f"wrote {out}\nnext: python train_flowdiff.py")
 
 

@@ -27,20 +27,28 @@ class GenerativeLoss:
 
 def stratified_times(batch: int, generator: torch.Generator) -> Tensor:
     """Times (B,) in [0, 1), each uniform, spread evenly over the batch: less variance than independent draws (Kingma et al. 2021, app. I.1)."""
-    return ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1.0)[torch.randperm(batch, generator=generator)]
+    return ((torch.rand(1, generator=generator) + torch.arange(batch) / batch) % 1.0)[
+        torch.randperm(batch, generator=generator)
+    ]
 
 
-def generative_loss(predict: Predict, z: Tensor, noise: Tensor, t: Tensor, config: FlowDiffTrainingConfig) -> GenerativeLoss:
+def generative_loss(
+    predict: Predict, z: Tensor, noise: Tensor, t: Tensor, config: FlowDiffTrainingConfig
+) -> GenerativeLoss:
     """Both heads' squared errors from one forward pass (Ho et al. 2020, eq. 14; Lipman et al. 2023, eq. 9). z, noise (B, C, h, w), t (B,)."""
     noise_hat, velocity_hat = predict(interpolate(z, noise, t), t)
     diff = (noise_hat - noise).square().flatten(1).mean(1)
     flow = (velocity_hat - velocity_target(z, noise)).square().flatten(1).mean(1)
     weighted = {"lambda_diff": config.lambda_diff * diff.mean(), "lambda_flow": config.lambda_flow * flow.mean()}
-    terms = {"diff": diff.mean().detach(), "flow": flow.mean().detach()} | {name: term.detach() for name, term in weighted.items()}
+    terms = {"diff": diff.mean().detach(), "flow": flow.mean().detach()} | {
+        name: term.detach() for name, term in weighted.items()
+    }
     return GenerativeLoss(sum(weighted.values()), terms, diff.detach(), flow.detach())
 
 
-def identity_loss(normalize: Callable[[Tensor], Tensor], z: Tensor, decode: Callable[[Tensor], Tensor] | None) -> Tensor:
+def identity_loss(
+    normalize: Callable[[Tensor], Tensor], z: Tensor, decode: Callable[[Tensor], Tensor] | None
+) -> Tensor:
     """mean |x - G(x)| on normal latents z (B, C, h, w), on decoded images, or on the latents themselves where `decode` is None."""
     z_normal = normalize(z)
     if decode is None:

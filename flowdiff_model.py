@@ -4,7 +4,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from config import FlowDiffModelConfig
+from config import UNetConfig
 
 
 class FlowDiffUNet(nn.Module):
@@ -15,7 +15,7 @@ class FlowDiffUNet(nn.Module):
     panoramic is taken in one pose, so where something is belongs to whether it is normal.
     """
 
-    def __init__(self, config: FlowDiffModelConfig, latent_channels: int = 4):
+    def __init__(self, config: UNetConfig, latent_channels: int = 4):
         super().__init__()
         features = config.channels[0]
         self.trunk = UNet2DModel(
@@ -36,7 +36,9 @@ class FlowDiffUNet(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(noise_hat, velocity_hat), both (B, C, h, w), from z_t (B, C, h, w) at unit variance and t (B,) in [0, 1]."""
         located = torch.cat([z_t, _positions(z_t)], dim=1)  # (B, C + 2, h, w)
-        features = self.trunk(located, 1000 * t).sample  # (B, F, h, w); diffusers' embedding expects timesteps in [0, 1000)
+        features = self.trunk(
+            located, 1000 * t
+        ).sample  # (B, F, h, w); diffusers' embedding expects timesteps in [0, 1000)
         return self.noise_head(features), self.velocity_head(features)
 
 

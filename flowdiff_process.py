@@ -19,7 +19,9 @@ from torch import Tensor
 Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 Solver = Literal["one_step", "euler", "heun", "ddim"]
 
-T_MAX_DIFFUSION = 0.98  # where diffusion sampling starts: at t = 1 the noise head says nothing about z (alphas_cumprod = 0)
+T_MAX_DIFFUSION = (
+    0.98  # where diffusion sampling starts: at t = 1 the noise head says nothing about z (alphas_cumprod = 0)
+)
 
 
 def expand_like(t: Tensor | float, z: Tensor) -> Tensor:
@@ -95,7 +97,9 @@ def integrate(predict: Predict, z_t: Tensor, t_start: float, steps: int, solver:
     return z_t
 
 
-def normalizer(predict: Predict, z: Tensor, t_start: float, noise: Tensor, steps: int = 8, solver: Solver = "euler") -> Tensor:
+def normalizer(
+    predict: Predict, z: Tensor, t_start: float, noise: Tensor, steps: int = 8, solver: Solver = "euler"
+) -> Tensor:
     """G: push z out to t_start with the given noise, then walk back to the nearest normal latent. Shape of z."""
     return integrate(predict, interpolate(z, noise, t_start), t_start, steps, solver)
 

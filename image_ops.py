@@ -54,12 +54,14 @@ def _blur_matrix(size: int, sigma: float, like: Tensor) -> Tensor:
     radius = math.floor(4 * sigma + 0.5)
     offsets = torch.arange(-radius, radius + 1, device=like.device)
     kernel = torch.softmax(-offsets.to(like.dtype).square() / (2 * sigma**2), dim=0)  # exp(...) divided by its sum
-    sources = (torch.arange(size, device=like.device)[:, None] + offsets).clamp(0, size - 1)  # replicated edge pixels add up
+    sources = (torch.arange(size, device=like.device)[:, None] + offsets).clamp(
+        0, size - 1
+    )  # replicated edge pixels add up
     matrix = torch.zeros(size, size, dtype=like.dtype, device=like.device)
     return matrix.scatter_add(1, sources, kernel.expand_as(sources))
 
 
-def anomaly_components(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def residual_components(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per-pixel residuals between x and y = G(x), both (B, C, H, W): l1, gradient and high-frequency, each (B, 1, H, W) and >= 0.
 
         l1 = |x - y|        gradient = |grad x - grad y|        hf = |Laplacian x - Laplacian y|
@@ -68,6 +70,8 @@ def anomaly_components(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     L1 distance of what it compares, which is the term of that name in the VAE loss.
     """
     if x.shape != y.shape:
-        raise ValueError(f"x and G(x) must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}: resize one to the other first")
+        raise ValueError(
+            f"x and G(x) must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}: resize one to the other first"
+        )
     residual = x - y  # the operators are linear: one pass over the residual replaces one over each image
     return tuple(part.abs().mean(dim=1, keepdim=True) for part in (residual, gradient(residual), laplacian(residual)))

@@ -26,15 +26,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from calibration import Fusion, NormalViews, PixelStatistics, fit_fusion
-from config import Config, UsageError, parse_config
+from command_line import parse_config
+from config import Config, UsageError
 from corruption import corrupt
-from dataset import RadiographDataset, Record, list_records, split_records
+from dataset import RadiographDataset
+from files import load_checkpoint, sha256, write_atomically, write_csv, write_json
 from image_ops import gaussian_blur
 from metrics import false_positive_interval, summarize, threshold_from_normals
 from normalizer import Examined, Normalizer
-from plotting import ColourScale, save_result
-from radiograph_io import ImageReadError, unfit_map
-from runtime import load_checkpoint, plain, run_script, sha256, start, write_atomically, write_csv, write_json
+from radiographs.geometry import unfit_map
+from radiographs.manifest import Record, list_records, split_records
+from radiographs.reading import ImageReadError
+from reporting.figures import ColourScale, save_result
+from runtime import plain, run_script, start
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,9 @@ def main() -> None:
     splits = split_records(list_records(config.data.root), config.data, config.runtime.seed)
     records = list_records(config.data.test, "data.test") if config.data.test else splits["test"]
     if not records:
-        raise UsageError(f"{config.data.root} has no test split: name the radiographs to examine with --data.test, a folder or a manifest.csv")
+        raise UsageError(
+            f"{config.data.root} has no test split: name the radiographs to examine with --data.test, a folder or a manifest.csv"
+        )
     accelerator = start(config.runtime)
     model = Normalizer(vae_checkpoint, flow_checkpoint, config, accelerator.device)
     clear(out)
@@ -101,17 +107,33 @@ def main() -> None:
             for position, item in enumerate(items):
                 index, record = item["index"], records[item["index"]]
                 score, anomaly_map = scores[position], maps[position, 0].cpu().numpy()
-                row = [f"{index:03d}", lookup.name(index, record), f"{score:.6f}", int(score > calibration.score_threshold)]
+                row = [
+                    f"{index:03d}",
+                    lookup.name(index, record),
+                    f"{score:.6f}",
+                    int(score > calibration.score_threshold),
+                ]
                 findings.rows.append([*row, "" if record.label is None else record.label, record.kind])
                 keep(findings, record, score, anomaly_map, item)
                 if settings.save_maps:
                     save_map(out / "maps" / f"{index:03d}.npy", anomaly_map, item, config)
                 if index in drawn:
-                    draw(out / f"result_{index:03d}.png", examined, position, anomaly_map, score, item, record, calibration)
+                    draw(
+                        out / f"result_{index:03d}.png",
+                        examined,
+                        position,
+                        anomaly_map,
+                        score,
+                        item,
+                        record,
+                        calibration,
+                    )
             progress.update(len(items))
 
     if not findings.rows:
-        raise UsageError(f"none of the {len(records)} files could be read: {findings.skipped[0][1]}; see the list of formats in the README")
+        raise UsageError(
+            f"none of the {len(records)} files could be read: {findings.skipped[0][1]}; see the list of formats in the README"
+        )
     write_csv(out / "scores.csv", ["index", "name", "score", "flagged", "label", "kind"], findings.rows)
     lookup.save()
     if findings.skipped:
@@ -166,12 +188,16 @@ def calibrate(model: Normalizer, normals: RadiographDataset, config: Config) -> 
                 ends[name].append(np.quantile(part.cpu().numpy(), 0.999))
             progress.update(len(items))
     if not views:
-        raise UsageError(f"no validation normal of {config.data.root} can be read: thresholds need them; point data.root at the normals of phase 1")
+        raise UsageError(
+            f"no validation normal of {config.data.root} can be read: thresholds need them; point data.root at the normals of phase 1"
+        )
     statistics = fusion = None
     maps = torch.cat(views)
     if settings.method == "calibrated":
         if len(images) < 2:
-            raise UsageError("inference.method calibrated needs at least two validation normals: add some, or use --inference.method plain")
+            raise UsageError(
+                "inference.method calibrated needs at least two validation normals: add some, or use --inference.method plain"
+            )
         normal_views = NormalViews(maps)
         fusion, maps = fit_fusion(normal_views, implanted(model, images, config), config.runtime.seed)
         statistics, fusion = normal_views.statistics().to(model.device), fusion.to(model.device)
@@ -179,7 +205,9 @@ def calibrate(model: Normalizer, normals: RadiographDataset, config: Config) -> 
     scores = image_score(maps, settings.top_share).numpy()
     # Twice what all but a thousandth of normal pixels reach: normals stay dark, a lesion has room above them.
     l1, gradient = (max(1e-6, 2 * float(np.mean(values))) for values in ends.values())
-    scale = ColourScale(residual=l1, l1=l1, gradient=gradient, anomaly_map=max(1e-6, 2 * float(np.quantile(maps.numpy(), 0.999))))
+    scale = ColourScale(
+        residual=l1, l1=l1, gradient=gradient, anomaly_map=max(1e-6, 2 * float(np.quantile(maps.numpy(), 0.999)))
+    )
     thresholds = [threshold_from_normals(values, settings.target_fpr) for values in (scores, maps.numpy().ravel())]
     return Calibration(scores, *thresholds, scale, statistics, fusion, float(np.mean(identity)), float(np.mean(vae)))
 
@@ -203,13 +231,23 @@ def implanted(model: Normalizer, images: list[np.ndarray], config: Config) -> It
 
 def save_calibration(path: Path, calibration: Calibration, config: Config) -> None:
     """The calibration as arrays, with the hashes of what it belongs to."""
-    content = {"scores": calibration.scores, "score_threshold": calibration.score_threshold, "pixel_threshold": calibration.pixel_threshold}
+    content = {
+        "scores": calibration.scores,
+        "score_threshold": calibration.score_threshold,
+        "pixel_threshold": calibration.pixel_threshold,
+    }
     content |= {f"scale_{name}": value for name, value in vars(calibration.scale).items()}
     content |= {"identity_error": calibration.identity_error, "vae_error": calibration.vae_error}
     if calibration.statistics is not None:
-        content |= {"pixel_mean": calibration.statistics.mean.cpu().numpy(), "pixel_std": calibration.statistics.std.cpu().numpy()}
+        content |= {
+            "pixel_mean": calibration.statistics.mean.cpu().numpy(),
+            "pixel_std": calibration.statistics.std.cpu().numpy(),
+        }
         content |= {"fusion_weights": calibration.fusion.weights.cpu().numpy(), "fusion_bias": calibration.fusion.bias}
-    content |= {"vae_sha256": sha256(config.inference.vae_checkpoint), "flow_sha256": sha256(config.inference.flow_checkpoint)}
+    content |= {
+        "vae_sha256": sha256(config.inference.vae_checkpoint),
+        "flow_sha256": sha256(config.inference.flow_checkpoint),
+    }
 
     def write(beside: Path) -> None:
         with open(beside, "wb") as file:
@@ -267,7 +305,16 @@ def save_map(path: Path, anomaly_map: np.ndarray, item: dict, config: Config) ->
     write_atomically(path, write)
 
 
-def draw(path: Path, examined: Examined, position: int, anomaly_map: np.ndarray, score: float, item: dict, record: Record, calibration: Calibration) -> None:
+def draw(
+    path: Path,
+    examined: Examined,
+    position: int,
+    anomaly_map: np.ndarray,
+    score: float,
+    item: dict,
+    record: Record,
+    calibration: Calibration,
+) -> None:
     """result_XXX.png: six panels, the score in the title, the outline where there is a mask."""
     verdict = "flagged" if score > calibration.score_threshold else "not flagged"
     title = f"image {item['index']:03d}  |  score {score:.4f}, threshold {calibration.score_threshold:.4f}: {verdict}"
@@ -275,7 +322,9 @@ def draw(path: Path, examined: Examined, position: int, anomaly_map: np.ndarray,
         title += f"  |  {record.kind}"
     panels = (examined.x, examined.normal, examined.l1, examined.gradient)
     mask = item["mask"][0].numpy().astype(bool) if item["has_mask"] else None
-    save_result(path, *(panel[position, 0].cpu().numpy() for panel in panels), anomaly_map, title, calibration.scale, mask)
+    save_result(
+        path, *(panel[position, 0].cpu().numpy() for panel in panels), anomaly_map, title, calibration.scale, mask
+    )
 
 
 def report(findings: Findings, calibration: Calibration, config: Config) -> None:
@@ -283,27 +332,47 @@ def report(findings: Findings, calibration: Calibration, config: Config) -> None
     out, fpr, normals = Path(config.inference.output), config.inference.target_fpr, len(calibration.scores)
     low, high = false_positive_interval(normals, fpr)
     flagged = sum(row[3] for row in findings.rows)
-    print(f"\n{len(findings.rows)} images examined, {len(findings.skipped)} skipped, {flagged} flagged at score > {calibration.score_threshold:.4f}")
-    print(f"threshold from {normals} validation normals at a false-positive rate of {fpr:.0%}: on new normals expect {low:.1%} to {high:.1%} (95 % interval)")
+    print(
+        f"\n{len(findings.rows)} images examined, {len(findings.skipped)} skipped, {flagged} flagged at score > {calibration.score_threshold:.4f}"
+    )
+    print(
+        f"threshold from {normals} validation normals at a false-positive rate of {fpr:.0%}: on new normals expect {low:.1%} to {high:.1%} (95 % interval)"
+    )
     ratio = calibration.identity_error / calibration.vae_error
-    print(f"validation normals: |x - G(x)| {calibration.identity_error:.4f}, |x - dec(enc(x))| {calibration.vae_error:.4f} (x{ratio:.2f})")
+    print(
+        f"validation normals: |x - G(x)| {calibration.identity_error:.4f}, |x - dec(enc(x))| {calibration.vae_error:.4f} (x{ratio:.2f})"
+    )
     labels = [record.label for record in findings.records]
     if len(set(labels)) == 2:
         kinds, patients = [record.kind for record in findings.records], [record.patient for record in findings.records]
-        metrics = summarize(findings.scores, labels, kinds, findings.maps, findings.masks, calibration.pixel_threshold, patients)
-        metrics["validation_normals"] = {"images": normals, "identity_error": calibration.identity_error, "vae_error": calibration.vae_error}
+        metrics = summarize(
+            findings.scores, labels, kinds, findings.maps, findings.masks, calibration.pixel_threshold, patients
+        )
+        metrics["validation_normals"] = {
+            "images": normals,
+            "identity_error": calibration.identity_error,
+            "vae_error": calibration.vae_error,
+        }
         write_json(out / "metrics.json", metrics)
         print_table(metrics)
     else:
         print("no metrics: they need images labelled 0 and 1 in a manifest")
-    print(f"wrote {out}: scores.csv" + (", result_XXX.png" if config.inference.figures else "") + (", maps/" if config.inference.save_maps else ""))
+    print(
+        f"wrote {out}: scores.csv"
+        + (", result_XXX.png" if config.inference.figures else "")
+        + (", maps/" if config.inference.save_maps else "")
+    )
 
 
 def print_table(metrics: dict) -> None:
     """Metrics per kind, as people read them."""
     columns = ("auroc", "ap", "pixel_ap", "aupro", "dice", "best_dice")
     print(f"\n{'kind':16s}{'images':>8s}" + "".join(f"{name:>11s}" for name in columns))
-    entries = [*metrics["kinds"].items(), ("all kinds", metrics["overall"]), ("mean of kinds", metrics["mean_over_kinds"])]
+    entries = [
+        *metrics["kinds"].items(),
+        ("all kinds", metrics["overall"]),
+        ("mean of kinds", metrics["mean_over_kinds"]),
+    ]
     for kind, entry in entries:
         values = ("" if entry[name] is None else f"{entry[name]:.3f}" for name in columns)
         print(f"{kind:16s}{entry.get('abnormal_images', ''):>8}" + "".join(f"{value or '-':>11s}" for value in values))

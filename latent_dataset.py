@@ -61,7 +61,9 @@ class LatentDataset(Dataset):
             raise UsageError(f"{path} is damaged ({error}): run python extract_latents.py again") from error
         expected = (description["rows"][split], *description["shape"])
         if self.raw.shape != expected:
-            raise UsageError(f"{path} has shape {self.raw.shape}, latents.json says {expected}: run python extract_latents.py again")
+            raise UsageError(
+                f"{path} has shape {self.raw.shape}, latents.json says {expected}: run python extract_latents.py again"
+            )
         self.standard = LatentStandard(tuple(description["mean"]), tuple(description["std"]))
 
     def __len__(self) -> int:

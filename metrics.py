@@ -99,14 +99,21 @@ def false_positive_interval(n_normals: int, fpr: float, confidence: float = 0.95
     ties only lower it. For image scores, one per patient: pixels of one image are not independent.
     """
     if n_normals < 1 or not 0 <= fpr < 1 or not 0 < confidence < 1:
-        raise ValueError(f"needs n_normals >= 1, fpr in [0, 1), confidence in (0, 1), got {n_normals}, {fpr}, {confidence}")
+        raise ValueError(
+            f"needs n_normals >= 1, fpr in [0, 1), confidence in (0, 1), got {n_normals}, {fpr}, {confidence}"
+        )
     k = _allowed_above(n_normals, fpr)
     low, high = scipy.stats.beta.ppf([(1 - confidence) / 2, (1 + confidence) / 2], k + 1, n_normals - k)
     return float(low), float(high)
 
 
 def bootstrap_interval(
-    statistic: Callable[..., float], arrays: Sequence[ArrayLike], groups: Sequence, n: int = 1000, confidence: float = 0.95, seed: int = 0
+    statistic: Callable[..., float],
+    arrays: Sequence[ArrayLike],
+    groups: Sequence,
+    n: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile interval of statistic(*arrays) under a cluster bootstrap (Efron & Tibshirani 1993): whole groups are redrawn.
 
@@ -139,7 +146,13 @@ PIXEL_METRICS = ("pixel_ap", "aupro", "dice", "best_dice")
 
 
 def summarize(
-    scores: ArrayLike, labels: ArrayLike, kinds: Sequence[str], maps: Sequence, masks: Sequence, pixel_threshold: float, patients: Sequence[str]
+    scores: ArrayLike,
+    labels: ArrayLike,
+    kinds: Sequence[str],
+    maps: Sequence,
+    masks: Sequence,
+    pixel_threshold: float,
+    patients: Sequence[str],
 ) -> dict:
     """Everything for metrics.json: `overall`, `kinds` (each lesion kind against all normals) and `mean_over_kinds`; undefined is None.
 
@@ -147,14 +160,25 @@ def summarize(
     masks, and the abnormal images that have a map and a mask with a lesion in it; a map of None is left out. `dice` is at pixel_threshold,
     which comes from validation normals; `best_dice` is an upper bound. `mean_over_kinds` skips kinds where a metric is undefined.
     """
-    scores, labels, kinds, patients = np.asarray(scores, dtype=np.float64), np.asarray(labels), np.asarray(kinds), np.asarray(patients)
+    scores, labels, kinds, patients = (
+        np.asarray(scores, dtype=np.float64),
+        np.asarray(labels),
+        np.asarray(kinds),
+        np.asarray(patients),
+    )
     if not len(scores) == len(labels) == len(kinds) == len(maps) == len(masks) == len(patients):
-        raise ValueError("scores, labels, kinds, maps, masks and patients need one entry per image: fill what is missing with None")
+        raise ValueError(
+            "scores, labels, kinds, maps, masks and patients need one entry per image: fill what is missing with None"
+        )
     abnormal = _check_labels(labels)
 
     def entry(chosen: NDArray) -> dict:
         image = _image_entry(scores[chosen], abnormal[chosen], patients[chosen])
-        rows = [i for i in np.flatnonzero(chosen) if maps[i] is not None and (not abnormal[i] or (masks[i] is not None and np.any(masks[i])))]
+        rows = [
+            i
+            for i in np.flatnonzero(chosen)
+            if maps[i] is not None and (not abnormal[i] or (masks[i] is not None and np.any(masks[i])))
+        ]
         lesions = [masks[i] if abnormal[i] else np.zeros(np.shape(maps[i]), dtype=bool) for i in rows]
         return image | _pixel_entry([maps[i] for i in rows], lesions, pixel_threshold)
 
@@ -164,7 +188,11 @@ def summarize(
 
 
 def _image_entry(scores: NDArray, abnormal: NDArray, patients: NDArray) -> dict:
-    entry = {"normal_images": int((~abnormal).sum()), "abnormal_images": int(abnormal.sum()), "patients": len(set(patients.tolist()))}
+    entry = {
+        "normal_images": int((~abnormal).sum()),
+        "abnormal_images": int(abnormal.sum()),
+        "patients": len(set(patients.tolist())),
+    }
     for name, statistic in (("auroc", auroc), ("ap", average_precision)):
         entry[name] = statistic(scores, abnormal)
         entry[f"{name}_interval"] = bootstrap_interval(statistic, (scores, abnormal), patients)
@@ -177,7 +205,11 @@ def _pixel_entry(maps: list[NDArray], masks: list[NDArray], threshold: float) ->
     curve = _pixel_curve(maps, masks)  # one sort serves three metrics
     share = curve.true_positives[-1] / (curve.true_positives[-1] + curve.n_negatives)
     pixel = {"pixel_ap": curve.average_precision(), "aupro": curve.aupro(0.3), "dice": dice_at(maps, masks, threshold)}
-    return {"masked_images": sum(bool(np.any(m)) for m in masks), "lesion_pixel_share": float(share)} | pixel | {"best_dice": curve.best_dice()[0]}
+    return (
+        {"masked_images": sum(bool(np.any(m)) for m in masks), "lesion_pixel_share": float(share)}
+        | pixel
+        | {"best_dice": curve.best_dice()[0]}
+    )
 
 
 def _mean(values: list[float]) -> float:
@@ -241,7 +273,10 @@ class _Curve:
         fpr, overlap = np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], overlap, [1.0]])
         inside = fpr <= fpr_limit
         at_limit = np.interp(fpr_limit, fpr, overlap)
-        return float(scipy.integrate.trapezoid(np.append(overlap[inside], at_limit), np.append(fpr[inside], fpr_limit)) / fpr_limit)
+        return float(
+            scipy.integrate.trapezoid(np.append(overlap[inside], at_limit), np.append(fpr[inside], fpr_limit))
+            / fpr_limit
+        )
 
 
 def _pixel_curve(maps: Sequence, masks: Sequence) -> _Curve:
@@ -283,7 +318,9 @@ def _split(scores: ArrayLike, labels: ArrayLike) -> tuple[NDArray, NDArray]:
 def _check_maps(maps: Sequence, masks: Sequence) -> tuple[list[NDArray], list[NDArray]]:
     maps, masks = [np.asarray(a) for a in maps], [np.asarray(m).astype(bool) for m in masks]
     if [a.shape for a in maps] != [m.shape for m in masks]:
-        raise ValueError("every anomaly map needs a mask of its own size: resize the masks with max, so that small lesions survive")
+        raise ValueError(
+            "every anomaly map needs a mask of its own size: resize the masks with max, so that small lesions survive"
+        )
     if not all(np.isfinite(a).all() for a in maps):
         raise ValueError("anomaly maps must be finite, found nan or inf: check the checkpoint that made them")
     return maps, masks

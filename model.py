@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from config import VAE_DOWNSAMPLING, UsageError, VAEConfig
-from image_ops import anomaly_components
+from image_ops import residual_components
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 
@@ -76,14 +76,22 @@ def pretrained_vae(config: VAEConfig) -> RadiographVAE:
         autoencoder = _untrained(config)
     else:
         if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
-            raise UsageError(f"vae.pretrained = {source} is no folder: give a diffusers folder, a hub name such as owner/name, or scratch")
+            raise UsageError(
+                f"vae.pretrained = {source} is no folder: give a diffusers folder, a hub name such as owner/name, or scratch"
+            )
         autoencoder = _load(source)
-    shrinks = 2 ** (len(autoencoder.config.get("decoder_block_out_channels") or autoencoder.config.block_out_channels) - 1)
+    shrinks = 2 ** (
+        len(autoencoder.config.get("decoder_block_out_channels") or autoencoder.config.block_out_channels) - 1
+    )
     if shrinks != VAE_DOWNSAMPLING:
-        raise UsageError(f"vae.pretrained = {source} shrinks images by {shrinks}, this pipeline needs {VAE_DOWNSAMPLING}: use an SD 1.x or 2.x VAE")
+        raise UsageError(
+            f"vae.pretrained = {source} shrinks images by {shrinks}, this pipeline needs {VAE_DOWNSAMPLING}: use an SD 1.x or 2.x VAE"
+        )
     vae = RadiographVAE(autoencoder)
     if config.freeze_encoder and source == "scratch":
-        raise UsageError("an untrained encoder cannot stay frozen: add --vae.freeze-encoder False to train from scratch")
+        raise UsageError(
+            "an untrained encoder cannot stay frozen: add --vae.freeze-encoder False to train from scratch"
+        )
     if config.freeze_encoder:
         vae.freeze_encoder()
     return vae
@@ -96,7 +104,9 @@ def _load(source: str) -> AutoencoderKL | AutoencoderTiny:
             return AUTOENCODERS[name].from_pretrained(source, use_safetensors=True, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"vae.pretrained = {source} cannot be loaded: {reason} (without network, give a local diffusers folder)") from error
+        raise UsageError(
+            f"vae.pretrained = {source} cannot be loaded: {reason} (without network, give a local diffusers folder)"
+        ) from error
     raise UsageError(f"vae.pretrained = {source} holds a {name}: use one of {', '.join(AUTOENCODERS)}")
 
 
@@ -134,8 +144,10 @@ class VAELoss:
 
 def vae_loss(x: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor | None, config: VAEConfig) -> VAELoss:
     """lambda_pix L1 + lambda_grad |grad| + lambda_hf |Laplacian| + lambda_ssim (1 - SSIM) + beta_kl KL; x in [-1, 1]."""
-    l1, gradient, laplacian = anomaly_components(x, reconstruction)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and config.lambda_ssim > 0):  # on a CPU its gradient costs as much as the decoder's
+    l1, gradient, laplacian = residual_components(x, reconstruction)
+    with torch.set_grad_enabled(
+        torch.is_grad_enabled() and config.lambda_ssim > 0
+    ):  # on a CPU its gradient costs as much as the decoder's
         ssim_error = 1 - ssim(x, reconstruction)
     parts = {
         "pix": (config.lambda_pix, "lambda_pix", l1.mean()),

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import Config, FlowDiffModelConfig, InferenceConfig, rebuild_phase
+from config import Config, InferenceConfig, UNetConfig, rebuild_phase
 from flowdiff_model import FlowDiffUNet
 from flowdiff_process import at_unit_variance, clean_from_noise, clean_from_velocity, interpolate, normalizer
-from image_ops import anomaly_components
+from image_ops import residual_components
 from latent_dataset import LatentStandard
 from model import RadiographVAE, rebuild_vae
 from runtime import generator
@@ -39,7 +39,9 @@ class Normalizer:
         self.settings, self.seed, self.device = config.inference, config.runtime.seed, device
         self.vae: RadiographVAE = rebuild_vae(vae_checkpoint).to(device)
         self.standard = LatentStandard(tuple(flow_checkpoint["mean"]), tuple(flow_checkpoint["std"]))
-        self.network = FlowDiffUNet(rebuild_phase(FlowDiffModelConfig, flow_checkpoint["config"]["model"]), flow_checkpoint["latent_channels"])
+        self.network = FlowDiffUNet(
+            rebuild_phase(UNetConfig, flow_checkpoint["config"]["unet"]), flow_checkpoint["latent_channels"]
+        )
         self.network.load_state_dict(flow_checkpoint["weights"])
         self.network.to(device).requires_grad_(False).eval()
 
@@ -48,13 +50,18 @@ class Normalizer:
 
     def draws(self, z: Tensor) -> list[Tensor]:
         """The noise of each draw, the shape of z. Every image gets the same: its score must not depend on its neighbours."""
-        noises = (torch.randn(z.shape[1:], generator=generator(self.seed, "inference", draw)) for draw in range(self.settings.draws))
+        noises = (
+            torch.randn(z.shape[1:], generator=generator(self.seed, "inference", draw))
+            for draw in range(self.settings.draws)
+        )
         return [noise.to(z.device).expand_as(z) for noise in noises]
 
     def normal_latent(self, z: Tensor) -> Tensor:
         """G(z), the mean over the draws, (B, C, h, w)."""
         level, steps, solver = self.settings.noise_level, self.settings.steps, self.settings.solver
-        return torch.stack([normalizer(self.predict, z, level, noise, steps, solver) for noise in self.draws(z)]).mean(0)
+        return torch.stack([normalizer(self.predict, z, level, noise, steps, solver) for noise in self.draws(z)]).mean(
+            0
+        )
 
     def clean_estimates(self, z: Tensor, level: float) -> tuple[Tensor, Tensor]:
         """The one-step clean estimates of the flow head and of the diffusion head at this noise level, each the mean over the draws."""
@@ -73,11 +80,14 @@ class Normalizer:
         x = images.to(self.device)
         z = self.standard.standardize(self.vae.encode(x)[0])
         reconstruction, normal = self.decode(z), self.decode(self.normal_latent(z))
-        l1, gradient, hf = anomaly_components(x, normal)
+        l1, gradient, hf = residual_components(x, normal)
         if self.settings.method == "plain":
             views = combine(l1, gradient, hf, self.settings)
         else:
-            views = torch.cat([x - reconstruction, *(self.views(x, z, reconstruction, level) for level in self.settings.levels)], dim=1)
+            views = torch.cat(
+                [x - reconstruction, *(self.views(x, z, reconstruction, level) for level in self.settings.levels)],
+                dim=1,
+            )
         return Examined(x, normal, reconstruction, l1, gradient, views)
 
     def views(self, x: Tensor, z: Tensor, reconstruction: Tensor, level: float) -> Tensor:
@@ -88,10 +98,14 @@ class Normalizer:
             [
                 x - normal,
                 reconstruction - normal,  # without what the VAE alone lost
-                combine(*anomaly_components(x, normal), self.settings),
-                combine(*anomaly_components(reconstruction, normal), self.settings),
-                enlarge((z - z_normal).abs().mean(dim=1, keepdim=True), x),  # what changed before the decoder can hide it
-                enlarge((z_diffusion - z_normal).abs().mean(dim=1, keepdim=True), x),  # the two heads disagree where neither has been
+                combine(*residual_components(x, normal), self.settings),
+                combine(*residual_components(reconstruction, normal), self.settings),
+                enlarge(
+                    (z - z_normal).abs().mean(dim=1, keepdim=True), x
+                ),  # what changed before the decoder can hide it
+                enlarge(
+                    (z_diffusion - z_normal).abs().mean(dim=1, keepdim=True), x
+                ),  # the two heads disagree where neither has been
                 enlarge(z - z_normal, x),
             ],
             dim=1,

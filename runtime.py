@@ -21,9 +21,7 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from config import Config, RuntimeConfig, UsageError
-
-FORMAT = 1  # of every checkpoint; raise it when a reader of the old one would misread the new
-
+from files import load_checkpoint, write_csv
 
 # ---------------------------------------------------------------- scripts
 
@@ -37,7 +35,9 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}", code=2))
     except KeyboardInterrupt:
-        sys.exit(_one_line_error("interrupted; run the same command again to continue from the last checkpoint", code=130))
+        sys.exit(
+            _one_line_error("interrupted; run the same command again to continue from the last checkpoint", code=130)
+        )
 
 
 def _one_line_error(error: object, code: int) -> int:
@@ -58,7 +58,9 @@ def start(config: RuntimeConfig) -> Accelerator:
         precision = "bf16" if multiplies_bf16(on_cpu) else "no"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
     set_seed(config.seed)
-    accelerator.print(f"device {accelerator.device}, {accelerator.num_processes} process(es), precision {'float32' if precision == 'no' else precision}")
+    accelerator.print(
+        f"device {accelerator.device}, {accelerator.num_processes} process(es), precision {'float32' if precision == 'no' else precision}"
+    )
     return accelerator
 
 
@@ -100,7 +102,10 @@ class StepBatches:
             for position in range(first, first + self.batch_size):
                 epoch, place = divmod(position, self.size)
                 if epoch != drawn:
-                    order, drawn = torch.randperm(self.size, generator=generator(self.seed, "order", epoch)).tolist(), epoch
+                    order, drawn = (
+                        torch.randperm(self.size, generator=generator(self.seed, "order", epoch)).tolist(),
+                        epoch,
+                    )
                 keys.append((epoch, order[place]))
             yield keys
 
@@ -131,66 +136,6 @@ def build_ema(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedM
 
 
 # ---------------------------------------------------------------- files that appear whole
-
-
-def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, flush it to the disk, then put it in place: readers never see half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path | str, content: dict) -> None:
-    """JSON for people and programs; refuses NaN, which JSON does not know."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text))
-
-
-def write_csv(path: Path | str, columns: list[str], rows: list[list]) -> None:
-    """A table, whole or not at all."""
-
-    def write(beside: Path) -> None:
-        with open(beside, "w", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
-
-    write_atomically(path, write)
-
-
-def save_checkpoint(path: Path | str, kind: str, content: dict) -> None:
-    """Write plain types and tensors under a format number and a kind, so that a reader can refuse what it would misread."""
-    write_atomically(path, lambda beside: torch.save({"format": FORMAT, "kind": kind, **content}, beside))
-
-
-def load_checkpoint(path: Path | str, kind: str, made_by: str) -> dict:
-    """Read a checkpoint of this kind onto the CPU.
-
-    Raises UsageError, naming the command that makes the file, if it is missing, damaged, of another kind or of a newer format.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"{path} is missing: run {made_by} first")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises a different type for every way a file can be damaged
-        raise UsageError(f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint; run {made_by} again") from error
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise UsageError(f"{path} is no {kind} checkpoint: give the file that {made_by} wrote")
-    if content.get("format") != FORMAT:
-        raise UsageError(f"{path} has format {content.get('format')}, this code reads {FORMAT}: use the matching version, or run {made_by} again")
-    return content
-
-
-def sha256(path: Path | str) -> str:
-    """Content hash of a file: how one phase recognises the very file of another."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(file.read()).hexdigest()
 
 
 def plain(config: object) -> dict:
@@ -255,7 +200,9 @@ class RunLog:
         if not self.enabled:
             return
         with open(self.path, "a", newline="") as file:
-            csv.writer(file).writerows([step, name, value if isinstance(value, str) else f"{value:.6g}"] for name, value in values.items())
+            csv.writer(file).writerows(
+                [step, name, value if isinstance(value, str) else f"{value:.6g}"] for name, value in values.items()
+            )
         if self.run is not None:
             self.run.log({name: value for name, value in values.items() if not isinstance(value, str)}, step=step)
 
@@ -266,15 +213,34 @@ class RunLog:
 
 def _start_wandb(folder: Path, name: str, config: Config):
     if config.runtime.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
-        raise UsageError("runtime.wandb is online but WANDB_API_KEY is not set: export the key, or use --runtime.wandb offline")
+        raise UsageError(
+            "runtime.wandb is online but WANDB_API_KEY is not set: export the key, or use --runtime.wandb offline"
+        )
     if config.runtime.wandb == "offline":
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline mode looks a host up without this
     import wandb
 
     shown = plain(config)
-    numbers = {phase: {key: value for key, value in fields.items() if not isinstance(value, str)} for phase, fields in shown.items()}
-    settings = wandb.Settings(disable_git=True, disable_code=True, x_disable_machine_info=True, x_disable_stats=True, console="off", silent=True)
-    return wandb.init(project=config.runtime.wandb_project, name=name, mode=config.runtime.wandb, dir=folder, config=numbers, settings=settings)
+    numbers = {
+        phase: {key: value for key, value in fields.items() if not isinstance(value, str)}
+        for phase, fields in shown.items()
+    }
+    settings = wandb.Settings(
+        disable_git=True,
+        disable_code=True,
+        x_disable_machine_info=True,
+        x_disable_stats=True,
+        console="off",
+        silent=True,
+    )
+    return wandb.init(
+        project=config.runtime.wandb_project,
+        name=name,
+        mode=config.runtime.wandb,
+        dir=folder,
+        config=numbers,
+        settings=settings,
+    )
 
 
 def read_log(folder: Path | str) -> dict[str, tuple[list[int], list[float]]]:

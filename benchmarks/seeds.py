@@ -9,7 +9,14 @@ import statistics
 import sys
 from pathlib import Path
 
-COLUMNS = {"auroc": "image AUROC", "ap": "image AP", "pixel_ap": "pixel AP", "aupro": "AUPRO", "dice": "Dice", "best_dice": "best Dice"}
+COLUMNS = {
+    "auroc": "image AUROC",
+    "ap": "image AP",
+    "pixel_ap": "pixel AP",
+    "aupro": "AUPRO",
+    "dice": "Dice",
+    "best_dice": "best Dice",
+}
 
 
 def main() -> None:
@@ -19,7 +26,10 @@ def main() -> None:
     runs = [json.loads((folder / "phase4_inference/metrics.json").read_text()) for folder in folders]
     print(f"| kind ({len(runs)} runs) | " + " | ".join(COLUMNS.values()) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
     rows = {kind: [run["kinds"][kind] for run in runs] for kind in runs[0]["kinds"]}
-    rows |= {"**mean of kinds**": [run["mean_over_kinds"] for run in runs], "all images": [run["overall"] for run in runs]}
+    rows |= {
+        "**mean of kinds**": [run["mean_over_kinds"] for run in runs],
+        "all images": [run["overall"] for run in runs],
+    }
     for kind, entries in rows.items():
         print(f"| {kind} | " + " | ".join(spread([entry[column] for entry in entries]) for column in COLUMNS) + " |")
 

@@ -40,13 +40,17 @@ def test_mean_and_spread_are_those_of_the_neighbourhood():
     statistics = pixel_statistics(values.sum(0, keepdim=True), values.square().sum(0, keepdim=True), 50)
     mean = gaussian_blur(values.mean(0, keepdim=True), ALIGNMENT_SIGMA)
     torch.testing.assert_close(statistics.mean, mean)
-    torch.testing.assert_close(statistics.std.square(), gaussian_blur(values.square().mean(0, keepdim=True), ALIGNMENT_SIGMA) - mean.square())
+    torch.testing.assert_close(
+        statistics.std.square(), gaussian_blur(values.square().mean(0, keepdim=True), ALIGNMENT_SIGMA) - mean.square()
+    )
 
 
 def test_features_are_the_views_at_every_blur():
     views = normals(3)
     for number, sigma in enumerate(BLURS):
-        torch.testing.assert_close(features(views)[:, number * VIEWS : (number + 1) * VIEWS], gaussian_blur(views, sigma))
+        torch.testing.assert_close(
+            features(views)[:, number * VIEWS : (number + 1) * VIEWS], gaussian_blur(views, sigma)
+        )
 
 
 @pytest.mark.parametrize("half", [slice(0, WIDTH // 2 - 20), slice(WIDTH // 2 + 20, WIDTH)], ids=["quiet", "noisy"])
@@ -67,7 +71,9 @@ def test_each_normal_is_left_out_of_its_own_statistics():
 def test_the_map_is_minus_the_log_of_the_probability_scikit_learn_gives():
     rng = np.random.default_rng(0)
     rows, answers = rng.normal(size=(500, 6)).astype(np.float32), rng.random(500) < 0.3
-    regression = LogisticRegression().fit(evidence(torch.from_numpy(rows)[:, :, None, None])[..., 0, 0].numpy(), answers)
+    regression = LogisticRegression().fit(
+        evidence(torch.from_numpy(rows)[:, :, None, None])[..., 0, 0].numpy(), answers
+    )
     fusion = Fusion(torch.from_numpy(regression.coef_[0]).float(), float(regression.intercept_[0]))
     ours = fusion.anomaly_map(torch.from_numpy(rows)[:, :, None, None])[:, 0, 0, 0]
     theirs = -regression.predict_log_proba(evidence(torch.from_numpy(rows)[:, :, None, None])[..., 0, 0].numpy())[:, 0]
@@ -98,6 +104,9 @@ def test_a_normal_scores_alike_inside_and_outside_the_calibration_set(fitted):
 
 def test_a_view_in_other_units_changes_nothing(fitted):
     views = normals(30) * torch.tensor([100.0, 0.01]).view(1, 2, 1, 1)
-    scaled = [(index, copy * torch.tensor([100.0, 0.01]).view(1, 2, 1, 1), changed) for index, copy, changed in implants(30, normals(30))]
+    scaled = [
+        (index, copy * torch.tensor([100.0, 0.01]).view(1, 2, 1, 1), changed)
+        for index, copy, changed in implants(30, normals(30))
+    ]
     _, maps = fit_fusion(NormalViews(views), scaled, seed=0)
     torch.testing.assert_close(maps, fitted[2], rtol=0.05, atol=0.02)

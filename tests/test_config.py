@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 import config as c
+from command_line import parse_config
 
 ROOT = Path(__file__).parent.parent
-PHASES = [getattr(c, name) for name in ("DataConfig", "VAEConfig", "LatentConfig", "FlowDiffModelConfig", "FlowDiffTrainingConfig", "InferenceConfig")]
+PHASES = [
+    getattr(c, name)
+    for name in ("DataConfig", "VAEConfig", "LatentConfig", "UNetConfig", "FlowDiffTrainingConfig", "InferenceConfig")
+]
 PHASES.append(c.RuntimeConfig)
 
 FIXED = {
@@ -65,15 +69,25 @@ def test_every_field_says_on_its_line_what_turning_it_does(phase):
 
 def test_every_comment_shows_up_in_help(capsys):
     with pytest.raises(SystemExit):
-        c.parse_config("a phase", ["--help"])
+        parse_config("a phase", ["--help"])
     shown = re.sub(r"[^!-~]", "", capsys.readouterr().out)  # without frames and line breaks
-    missing = [name for phase in PHASES for name, comment in commented(phase).items() if re.sub(r"[^!-~]", "", comment) not in shown]
+    missing = [
+        name
+        for phase in PHASES
+        for name, comment in commented(phase).items()
+        if re.sub(r"[^!-~]", "", comment) not in shown
+    ]
     assert not missing
 
 
 def test_importing_config_loads_no_torch():
     heavy = "{'torch', 'numpy', 'diffusers', 'accelerate', 'tyro'}"
-    result = subprocess.run([sys.executable, "-c", f"import sys, config; print({heavy} & set(sys.modules))"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys, config; print({heavy} & set(sys.modules))"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout.strip() == "set()", result.stderr
 
 
@@ -88,7 +102,11 @@ BAD = [
     (c.DataConfig, "data.gamma", {"gamma": float("nan")}),
     (c.VAEConfig, "vae.lambda_pix", {"lambda_pix": -1.0}),
     (c.VAEConfig, "vae.beta_kl", {"beta_kl": float("inf")}),
-    (c.VAEConfig, "reconstruction weight", dict.fromkeys(("lambda_pix", "lambda_grad", "lambda_hf", "lambda_ssim"), 0.0)),
+    (
+        c.VAEConfig,
+        "reconstruction weight",
+        dict.fromkeys(("lambda_pix", "lambda_grad", "lambda_hf", "lambda_ssim"), 0.0),
+    ),
     (c.VAEConfig, "vae.lr", {"lr": 0.0}),
     (c.VAEConfig, "vae.lr", {"lr": float("nan")}),
     (c.VAEConfig, "vae.steps", {"steps": 0}),
@@ -96,11 +114,11 @@ BAD = [
     (c.LatentConfig, "latent.batch_size", {"batch_size": 0}),
     (c.LatentConfig, "latent.augmented_copies", {"augmented_copies": -1}),
     (c.LatentConfig, "latent.outlier_std", {"outlier_std": 0.0}),
-    (c.FlowDiffModelConfig, "model.channels", {"channels": (), "attention": ()}),
-    (c.FlowDiffModelConfig, "model.channels", {"channels": (100, 256, 512)}),
-    (c.FlowDiffModelConfig, "model.attention", {"attention": (True,)}),
-    (c.FlowDiffModelConfig, "model.attention_head_dim", {"attention_head_dim": 48}),
-    (c.FlowDiffModelConfig, "model.dropout", {"dropout": 1.0}),
+    (c.UNetConfig, "unet.channels", {"channels": (), "attention": ()}),
+    (c.UNetConfig, "unet.channels", {"channels": (100, 256, 512)}),
+    (c.UNetConfig, "unet.attention", {"attention": (True,)}),
+    (c.UNetConfig, "unet.attention_head_dim", {"attention_head_dim": 48}),
+    (c.UNetConfig, "unet.dropout", {"dropout": 1.0}),
     (c.FlowDiffTrainingConfig, "flowdiff.lambda_id_global", {"lambda_id_global": -0.1}),
     (c.FlowDiffTrainingConfig, "lambda_diff or lambda_flow", {"lambda_diff": 0.0, "lambda_flow": 0.0}),
     (c.FlowDiffTrainingConfig, "flowdiff.identity_noise_level", {"identity_noise_level": 1.0}),
@@ -119,7 +137,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("phase", "named", "values"), BAD, ids=[f"{named}={list(values.values())}" for _, named, values in BAD])
+@pytest.mark.parametrize(
+    ("phase", "named", "values"), BAD, ids=[f"{named}={list(values.values())}" for _, named, values in BAD]
+)
 def test_bad_values_are_refused_by_name(phase, named, values):
     with pytest.raises(c.UsageError, match=re.escape(named)):
         phase(**values)
@@ -134,14 +154,19 @@ def test_an_indivisible_size_names_the_nearest_that_work(size, remedy):
 
 
 def test_sizes_that_suit_a_shallow_unet_may_not_suit_a_deep_one():
-    deep = c.FlowDiffModelConfig(channels=(32,) * 5, attention=(False,) * 5)
+    deep = c.UNetConfig(channels=(32,) * 5, attention=(False,) * 5)
     c.Config(data=c.DataConfig(height=96))
     with pytest.raises(c.UsageError, match="data.height = 96 does not divide by 128"):
         c.Config(data=c.DataConfig(height=96), model=deep)
 
 
 def paths_of(config):
-    return {f"{phase}.{name}": value for phase, fields in dataclasses.asdict(config).items() for name, value in fields.items() if "phase" in str(value)}
+    return {
+        f"{phase}.{name}": value
+        for phase, fields in dataclasses.asdict(config).items()
+        for name, value in fields.items()
+        if "phase" in str(value)
+    }
 
 
 @pytest.mark.parametrize("name", c.PRESETS)
@@ -154,7 +179,7 @@ def test_presets_construct_and_keep_every_path_in_one_folder(name):
 @pytest.mark.parametrize("name", c.PRESETS)
 @pytest.mark.parametrize("folder", ["/elsewhere/run7", "run7/"])
 def test_outputs_moves_every_path(name, folder):
-    paths = paths_of(c.parse_config("", ["--preset", name, "--outputs", folder]))
+    paths = paths_of(parse_config("", ["--preset", name, "--outputs", folder]))
     assert len(paths) == 9 and all(path.startswith(folder.rstrip("/") + "/phase") for path in paths.values())
 
 
@@ -162,29 +187,49 @@ def test_what_one_phase_writes_is_what_the_next_reads():
     for name in c.PRESETS:
         config = c.preset(name, "somewhere")
         best = [f"{phase.output}/checkpoint_best.pt" for phase in (config.vae, config.flowdiff)]
-        assert [config.latent.vae_checkpoint, config.flowdiff.vae_checkpoint, config.inference.vae_checkpoint] == [best[0]] * 3
+        assert [config.latent.vae_checkpoint, config.flowdiff.vae_checkpoint, config.inference.vae_checkpoint] == [
+            best[0]
+        ] * 3
         assert config.flowdiff.latents == config.latent.output and config.inference.flow_checkpoint == best[1]
 
 
 def test_the_command_line_beats_the_preset_and_nothing_else_changes():
-    line = ["--vae.lr", "1e-3", "--preset", "cpu", "--model.channels", "32", "64", "--model.attention", "False", "True", "--vae.freeze-encoder", "False"]
-    config, base = c.parse_config("", line), c.preset("cpu")
-    assert (config.vae.lr, config.model.channels, config.model.attention, config.vae.freeze_encoder) == (1e-3, (32, 64), (False, True), False)
-    assert dataclasses.replace(config, vae=base.vae, model=base.model) == base
+    line = [
+        "--vae.lr",
+        "1e-3",
+        "--preset",
+        "cpu",
+        "--unet.channels",
+        "32",
+        "64",
+        "--unet.attention",
+        "False",
+        "True",
+        "--vae.freeze-encoder",
+        "False",
+    ]
+    config, base = parse_config("", line), c.preset("cpu")
+    assert (config.vae.lr, config.unet.channels, config.unet.attention, config.vae.freeze_encoder) == (
+        1e-3,
+        (32, 64),
+        (False, True),
+        False,
+    )
+    assert dataclasses.replace(config, vae=base.vae, unet=base.unet) == base
     assert dataclasses.replace(config.vae, lr=base.vae.lr, freeze_encoder=True) == base.vae
 
 
 def test_an_unknown_preset_is_a_usage_error_that_lists_the_known():
     with pytest.raises(c.UsageError, match="'gpu': choose one of default, cpu, demo"):
-        c.parse_config("", ["--preset", "gpu"])
+        parse_config("", ["--preset", "gpu"])
 
 
 def test_a_bad_value_on_the_command_line_is_a_usage_error():
     with pytest.raises(c.UsageError, match="inference.noise_level"):
-        c.parse_config("", ["--inference.noise-level", "2"])
+        parse_config("", ["--inference.noise-level", "2"])
 
 
 def test_an_unknown_flag_ends_the_program(capsys):
     with pytest.raises(SystemExit) as end:
-        c.parse_config("", ["--vae.learning-rate", "1"])
+        parse_config("", ["--vae.learning-rate", "1"])
     assert end.value.code == 2 and "vae.learning-rate" in capsys.readouterr().err

@@ -13,8 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from config import DataConfig, UsageError
-from dataset import RadiographDataset, Record, list_records, open_datasets, split_records
-from radiograph_io import ImageReadError
+from dataset import RadiographDataset, open_datasets
+from radiographs.manifest import Record, list_records, split_records
+from radiographs.reading import ImageReadError
 
 CONFIG = DataConfig(height=32, width=48, num_workers=2, flip=True)
 BENCH = Path(__file__).parents[2] / "shared" / "data" / "ufba_bench"
@@ -50,7 +51,9 @@ def patients(records):
 @pytest.fixture
 def train(tmp_path):
     """A dataset in memory and its augmented twin."""
-    dataset = open_datasets({"train": list_records(write_images(tmp_path, 6))}, CONFIG, 7, tmp_path / "skipped_files.csv", quiet=True)["train"]
+    dataset = open_datasets(
+        {"train": list_records(write_images(tmp_path, 6))}, CONFIG, 7, tmp_path / "skipped_files.csv", quiet=True
+    )["train"]
     return dataset, dataset.augmented()
 
 
@@ -60,7 +63,11 @@ def train(tmp_path):
 def test_a_folder_lists_its_files_sorted_with_a_patient_each(tmp_path):
     write_images(tmp_path / "b", 2), write_images(tmp_path / "a", 1)
     records = list_records(tmp_path)
-    assert [record.path.relative_to(tmp_path).as_posix() for record in records] == ["a/000.png", "b/000.png", "b/001.png"]
+    assert [record.path.relative_to(tmp_path).as_posix() for record in records] == [
+        "a/000.png",
+        "b/000.png",
+        "b/001.png",
+    ]
     assert [record.patient for record in records] == ["a/000", "b/000", "b/001"]
     assert all((record.split, record.label, record.kind, record.mask) == (None, None, "", None) for record in records)
 
@@ -74,8 +81,24 @@ def test_a_dicom_brings_its_patient(tmp_path):
 
 def test_a_manifest_is_read_with_masks_kinds_and_source_as_patient(tmp_path):
     rows = [
-        {"image": "i/a.png", "split": "Valid", "label": "0", "kind": "normal", "mask": "", "source": "p1", "extra": "x"},
-        {"image": "i/b.png", "split": "test", "label": "", "kind": "cyst", "mask": "m/b.png", "source": "p2", "extra": ""},
+        {
+            "image": "i/a.png",
+            "split": "Valid",
+            "label": "0",
+            "kind": "normal",
+            "mask": "",
+            "source": "p1",
+            "extra": "x",
+        },
+        {
+            "image": "i/b.png",
+            "split": "test",
+            "label": "",
+            "kind": "cyst",
+            "mask": "m/b.png",
+            "source": "p2",
+            "extra": "",
+        },
     ]
     first, second = list_records(write_manifest(tmp_path, rows))
     assert first == Record(tmp_path / "i" / "a.png", "val", 0, "normal", None, "p1")
@@ -142,13 +165,22 @@ def test_labels_without_splits_send_every_patient_with_a_lesion_to_test():
 
 def test_a_split_depends_on_the_seed_alone():
     records = [record(i) for i in range(40)]
-    assert split_records(records, CONFIG, 1) == split_records(list(records), CONFIG, 1) != split_records(records, CONFIG, 2)
+    assert (
+        split_records(records, CONFIG, 1)
+        == split_records(list(records), CONFIG, 1)
+        != split_records(records, CONFIG, 2)
+    )
     shuffled = split_records(records[::-1], CONFIG, 1)
     assert patients(shuffled["val"]) == patients(split_records(records, CONFIG, 1)["val"])
 
 
 def test_the_splits_of_a_manifest_are_kept_but_only_normals_train():
-    records = [record(0, split="train", label=0), record(1, split="train", label=1), record(2, split="val"), record(3, split="test", label=1)]
+    records = [
+        record(0, split="train", label=0),
+        record(1, split="train", label=1),
+        record(2, split="val"),
+        record(3, split="test", label=1),
+    ]
     with pytest.warns(UserWarning, match="1 abnormal radiographs of the split train"):
         assert split_records(records, CONFIG, 0) == {"train": records[:1], "val": records[2:3], "test": records[3:]}
 
@@ -161,7 +193,11 @@ def test_a_manifest_without_val_draws_one_from_train():
 
 @pytest.mark.parametrize("pair", [("train", "val"), ("train", "test"), ("val", "test")])
 def test_a_patient_in_two_splits_is_refused_without_being_named(pair):
-    records = [record(0, split="train"), record(1, split="val"), *(record(name, "Jane Doe", split=name) for name in pair)]
+    records = [
+        record(0, split="train"),
+        record(1, split="val"),
+        *(record(name, "Jane Doe", split=name) for name in pair),
+    ]
     with pytest.raises(UsageError, match="^1 patients of the manifest") as caught:
         split_records(records, CONFIG, 0)
     assert "Jane" not in str(caught.value)
@@ -186,7 +222,10 @@ def test_what_cannot_be_split_is_refused_with_the_remedy(records, message):
 def test_memory_and_disk_give_equal_items(tmp_path):
     records = list_records(write_images(tmp_path, 4))
     configs = (dataclasses.replace(CONFIG, cache_gb=gigabytes) for gigabytes in (1, 0))
-    kept, read = (open_datasets({"train": records}, config, 0, tmp_path / "skipped.csv", quiet=True)["train"] for config in configs)
+    kept, read = (
+        open_datasets({"train": records}, config, 0, tmp_path / "skipped.csv", quiet=True)["train"]
+        for config in configs
+    )
     assert kept._samples and read._samples is None
     for a, b in zip((kept[i] for i in range(4)), (read[i] for i in range(4)), strict=True):
         assert torch.equal(a["image"], b["image"]) and {**a, "image": 0, "mask": 0} == {**b, "image": 0, "mask": 0}
@@ -208,10 +247,16 @@ def test_an_item_holds_what_inference_needs(tmp_path):
     Image.fromarray(mask).save(tmp_path / "m.png")
     rows = [{"image": "000.png", "mask": "m.png", "label": "1"}, {"image": "001.png", "mask": "", "label": ""}]
     first, second = RadiographDataset(list_records(write_manifest(tmp_path, rows)), CONFIG)
-    assert first["image"].shape == first["mask"].shape == (1, 32, 48) and (first["image"].dtype, first["mask"].dtype) == (torch.float32, torch.uint8)
+    assert first["image"].shape == first["mask"].shape == (1, 32, 48) and (
+        first["image"].dtype,
+        first["mask"].dtype,
+    ) == (torch.float32, torch.uint8)
     assert first["mask"].sum() == 1 and second["mask"].sum() == 0 and first["image"].abs().max() <= 1
     names = ("label", "has_mask", "index", "original_height", "original_width")
-    assert [[item[name] for name in names] for item in (first, second)] == [[1, True, 0, 40, 60], [-1, False, 1, 40, 60]]
+    assert [[item[name] for name in names] for item in (first, second)] == [
+        [1, True, 0, 40, 60],
+        [-1, False, 1, 40, 60],
+    ]
 
 
 def test_unreadable_files_are_listed_and_left_out(tmp_path):
@@ -230,14 +275,20 @@ def test_unreadable_files_are_listed_and_left_out(tmp_path):
 def test_too_many_unreadable_files_stop_the_run(tmp_path):
     folder = write_images(tmp_path / "data", 10)
     (folder / "007.png").write_text("<html>")
-    with pytest.warns(UserWarning), pytest.raises(UsageError, match=r"1 of 10 files cannot be read, see .*skipped_files.csv"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(UsageError, match=r"1 of 10 files cannot be read, see .*skipped_files.csv"),
+    ):
         open_datasets({"train": list_records(folder)}, CONFIG, 0, tmp_path / "skipped_files.csv")
 
 
 def test_an_unreadable_mask_and_one_of_another_size_name_the_mask(tmp_path):
     write_images(tmp_path, 2)
     Image.new("L", (30, 30)).save(tmp_path / "m.png")
-    rows = [{"image": "000.png", "mask": "m.png", "label": "1"}, {"image": "001.png", "mask": "absent.png", "label": "1"}]
+    rows = [
+        {"image": "000.png", "mask": "m.png", "label": "1"},
+        {"image": "001.png", "mask": "absent.png", "label": "1"},
+    ]
     dataset = RadiographDataset(list_records(write_manifest(tmp_path, rows)), CONFIG)
     for index, reason in ((0, r"m.png: the mask has \(30, 30\) pixels"), (1, "absent.png: No such file")):
         with pytest.raises(ImageReadError, match=reason):
@@ -273,7 +324,11 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(train):
 def test_augmentation_does_not_depend_on_workers_or_order(train, workers):
     _, augmented = train
     keys = [(1, i) for i in (4, 0, 5, 2)]
-    loaded = [item for batch in DataLoader(augmented, batch_size=2, sampler=keys, num_workers=workers) for item in batch["image"]]
+    loaded = [
+        item
+        for batch in DataLoader(augmented, batch_size=2, sampler=keys, num_workers=workers)
+        for item in batch["image"]
+    ]
     for key, image in zip(keys, loaded, strict=True):
         assert torch.equal(image, augmented[key]["image"])
 
@@ -288,13 +343,17 @@ def test_augmented_images_stay_in_range_and_close_to_the_plain_one(train):
 def test_augmentation_with_everything_at_zero_changes_nothing(train):
     dataset, _ = train
     names = ("rotate_degrees", "shift_share", "scale_share", "brightness", "contrast", "gamma", "noise_std")
-    off = RadiographDataset(dataset.records, dataclasses.replace(CONFIG, flip=False, **dict.fromkeys(names, 0)), augment=True)
+    off = RadiographDataset(
+        dataset.records, dataclasses.replace(CONFIG, flip=False, **dict.fromkeys(names, 0)), augment=True
+    )
     torch.testing.assert_close(off[5, 1]["image"], dataset[1]["image"], atol=1e-6, rtol=0)
 
 
 def test_a_mask_moves_with_its_image(tmp_path):
     Image.fromarray(np.kron([[0, 0, 0], [0, 255, 0]], np.ones((20, 20))).astype(np.uint8)).save(tmp_path / "a.png")
-    config = dataclasses.replace(CONFIG, height=40, width=60, rotate_degrees=20, shift_share=0.2, brightness=0, contrast=0, gamma=0, noise_std=0)
+    config = dataclasses.replace(
+        CONFIG, height=40, width=60, rotate_degrees=20, shift_share=0.2, brightness=0, contrast=0, gamma=0, noise_std=0
+    )
     (entry,) = list_records(tmp_path)
     dataset = RadiographDataset([dataclasses.replace(entry, mask=entry.path)], config, augment=True)
     for epoch in range(10):

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runtime import run_script, save_checkpoint, sha256
+from files import save_checkpoint, sha256
+from runtime import run_script
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--preset demo --data.height 32 --data.width 64 --vae.pretrained scratch --vae.freeze-encoder False --runtime.precision no".split()
@@ -69,7 +70,10 @@ DATA = {
     "a text file": (a_text_file, "neither a folder nor a .csv manifest: set data.root"),
     "no normals": (lambda path: manifest(path, label=1), "no normal radiograph to train on: add some with label 0"),
     "one patient": (lambda path: manifest(path, patient="A"), "add a manifest.csv with a column patient"),
-    "a wrong label": (lambda path: manifest(path, label="sick"), "row 2, column label: 'sick' is unknown: write 0 for normal"),
+    "a wrong label": (
+        lambda path: manifest(path, label="sick"),
+        "row 2, column label: 'sick' is unknown: write 0 for normal",
+    ),
 }
 
 
@@ -91,8 +95,14 @@ def test_unreadable_files_are_listed_in_a_file_that_the_error_names(call, tmp_pa
 FLAGS = {
     "unknown preset": (["--preset", "gpu"], "unknown preset 'gpu': choose one of default, cpu, demo"),
     "negative weight": (["--vae.lambda-grad", "-1"], "vae.lambda_grad must be at least 0, got -1"),
-    "indivisible size": (["--data.width", "100"], "data.width = 100 does not divide by 32 (VAE 8 x UNet 4): use 96 or 128"),
-    "no weight at all": (["--inference.alpha-l1", "0", "--inference.beta-grad", "0", "--inference.gamma-hf", "0"], "must be above 0"),
+    "indivisible size": (
+        ["--data.width", "100"],
+        "data.width = 100 does not divide by 32 (VAE 8 x UNet 4): use 96 or 128",
+    ),
+    "no weight at all": (
+        ["--inference.alpha-l1", "0", "--inference.beta-grad", "0", "--inference.gamma-hf", "0"],
+        "must be above 0",
+    ),
 }
 
 
@@ -111,8 +121,12 @@ def test_a_frozen_scratch_encoder_names_the_flag(call, tmp_path):
 
 
 def test_a_missing_vae_folder_is_named(call, tmp_path):
-    code, lines = call("train_vae", "--data.root", radiographs(tmp_path / "data"), "--vae.pretrained", "./models/sd-vae")
-    assert code == 2 and lines[-1].startswith("error: vae.pretrained = ./models/sd-vae is no folder: give a diffusers folder")
+    code, lines = call(
+        "train_vae", "--data.root", radiographs(tmp_path / "data"), "--vae.pretrained", "./models/sd-vae"
+    )
+    assert code == 2 and lines[-1].startswith(
+        "error: vae.pretrained = ./models/sd-vae is no folder: give a diffusers folder"
+    )
 
 
 def test_outputs_that_are_a_file_are_named(call, tmp_path):
@@ -125,31 +139,61 @@ def test_a_wrong_path_to_examine_names_data_test(call, tmp_path):
     vae, flow = tmp_path / "vae.pt", tmp_path / "flow.pt"
     save_checkpoint(vae, "vae", {})
     save_checkpoint(flow, "flowdiff", {"vae_sha256": sha256(vae), "config": {"data": {}}})
-    paths = ["--inference.vae-checkpoint", vae, "--inference.flow-checkpoint", flow, "--data.root", radiographs(tmp_path / "data")]
+    paths = [
+        "--inference.vae-checkpoint",
+        vae,
+        "--inference.flow-checkpoint",
+        flow,
+        "--data.root",
+        radiographs(tmp_path / "data"),
+    ]
     code, lines = call("inference", *paths, "--data.test", tmp_path / "nowhere")
-    assert code == 2 and len(lines) == 1 and lines[0].startswith(f"error: {tmp_path / 'nowhere'} does not exist") and "data.test" in lines[0]
+    assert (
+        code == 2
+        and len(lines) == 1
+        and lines[0].startswith(f"error: {tmp_path / 'nowhere'} does not exist")
+        and "data.test" in lines[0]
+    )
 
 
 def shell(*command, **environment):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_ALBUMENTATIONS_UPDATE": "1", **environment}
-    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
 
 
 def test_from_the_shell_one_line_and_exit_code_two(tmp_path):
     result = shell("train_vae.py", "--data.root", tmp_path / "nowhere", "--outputs", tmp_path / "out")
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert result.stderr == f"error: {tmp_path / 'nowhere'} does not exist: set data.root to a folder of radiographs or to a manifest.csv\n"
+    assert (
+        result.stderr
+        == f"error: {tmp_path / 'nowhere'} does not exist: set data.root to a folder of radiographs or to a manifest.csv\n"
+    )
 
 
 def test_from_the_shell_a_hub_name_that_cannot_be_had(tmp_path):
-    flags = [*SMALL, "--outputs", tmp_path / "out", "--data.root", radiographs(tmp_path / "data"), "--vae.pretrained", "nobody/nothing"]
-    result = shell("train_vae.py", *flags, "--vae.freeze-encoder", "True", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))
+    flags = [
+        *SMALL,
+        "--outputs",
+        tmp_path / "out",
+        "--data.root",
+        radiographs(tmp_path / "data"),
+        "--vae.pretrained",
+        "nobody/nothing",
+    ]
+    result = shell(
+        "train_vae.py", *flags, "--vae.freeze-encoder", "True", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub")
+    )
     last = result.stderr.replace("\r", "\n").splitlines()[-1]
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert last.startswith("error: vae.pretrained = nobody/nothing cannot be loaded: ") and "give a local diffusers folder" in last
+    assert (
+        last.startswith("error: vae.pretrained = nobody/nothing cannot be loaded: ")
+        and "give a local diffusers folder" in last
+    )
 
 
 def test_from_the_shell_phantoms_in_the_way_of_a_file(tmp_path):
     (tmp_path / "taken").write_text("")
-    result = shell("phantom.py", "--out", tmp_path / "taken")
+    result = shell("-m", "phantoms.phantom", "--out", tmp_path / "taken")
     assert result.returncode == 2 and result.stderr == f"error: {tmp_path / 'taken'} is a file: give --out a folder\n"

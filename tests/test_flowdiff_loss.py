@@ -5,16 +5,20 @@ import dataclasses
 import pytest
 import torch
 
-from config import FlowDiffModelConfig, FlowDiffTrainingConfig
+from config import FlowDiffTrainingConfig, UNetConfig
 from flowdiff_loss import generative_loss, identity_loss, lambda_identity, loss_by_time, stratified_times
 from flowdiff_model import FlowDiffUNet
 from flowdiff_process import velocity_target
 
-CONFIG = FlowDiffTrainingConfig(lambda_diff=2.0, lambda_flow=3.0, phase1_steps=10, total_steps=100, identity_warmup_start=20, identity_warmup_end=40)
+CONFIG = FlowDiffTrainingConfig(
+    lambda_diff=2.0, lambda_flow=3.0, phase1_steps=10, total_steps=100, identity_warmup_start=20, identity_warmup_end=40
+)
 
 
 def batch():
-    return torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.rand(3, dtype=torch.float64)
+    return torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.rand(
+        3, dtype=torch.float64
+    )
 
 
 def test_perfect_heads_cost_nothing():
@@ -61,10 +65,14 @@ def test_times_are_stratified():
 
 def test_loss_by_time_keeps_every_sample_in_one_bin():
     t = torch.tensor([0.0, 0.1, 0.5, 0.99, 1.0])
-    assert loss_by_time(t, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), "flow") == {"flow_t0.0-0.2": 2.0, "flow_t0.4-0.6": 5.0, "flow_t0.8-1.0": 8.0}
+    assert loss_by_time(t, torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0]), "flow") == {
+        "flow_t0.0-0.2": 2.0,
+        "flow_t0.4-0.6": 5.0,
+        "flow_t0.8-1.0": 8.0,
+    }
 
 
-SMALL = FlowDiffModelConfig(channels=(16, 32), layers_per_block=1, attention=(False, True), norm_groups=8, attention_head_dim=8)
+SMALL = UNetConfig(channels=(16, 32), layers_per_block=1, attention=(False, True), norm_groups=8, attention_head_dim=8)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 16), (6, 10)])

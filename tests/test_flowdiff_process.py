@@ -80,7 +80,9 @@ def test_ddim_walk_is_that_of_diffusers(z_and_noise):
     times = torch.linspace(0.0, 0.8, 9, dtype=torch.float64)
     alphas = alphas_cumprod(times[1:])
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
-    scheduler = DDIMScheduler(num_train_timesteps=8, trained_betas=betas.numpy(), clip_sample=False, set_alpha_to_one=True)
+    scheduler = DDIMScheduler(
+        num_train_timesteps=8, trained_betas=betas.numpy(), clip_sample=False, set_alpha_to_one=True
+    )
     scheduler.set_timesteps(8)
     point = at_unit_variance(interpolate(z, noise, 0.8), 0.8)
     for timestep in scheduler.timesteps:
@@ -99,7 +101,9 @@ def test_euler_walk_is_that_of_diffusers(z_and_noise):
     z_t = noise.float()
     for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas, strict=False):
         z_t = scheduler.step(predict(z_t, sigma.expand(4))[1], timestep, z_t).prev_sample
-    torch.testing.assert_close(integrate(predict, noise.float(), 1.0, steps=10, solver="euler"), z_t, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        integrate(predict, noise.float(), 1.0, steps=10, solver="euler"), z_t, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("solver", ["one_step", "euler", "heun", "ddim"])
@@ -112,8 +116,12 @@ def test_normalizer_returns_z_when_the_heads_know_it(z_and_noise, solver):
 def test_solvers_converge_at_their_order(z_and_noise, solver, order):
     _, noise = z_and_noise
     variance, start = 0.25, 0.9
-    exact = noise * np.sqrt(variance) / np.sqrt((1 - start) ** 2 * variance + start**2)  # the flow of a Gaussian scales it
-    errors = [float((integrate(gaussian_heads(variance), noise, start, n, solver) - exact).abs().max()) for n in (32, 64)]
+    exact = (
+        noise * np.sqrt(variance) / np.sqrt((1 - start) ** 2 * variance + start**2)
+    )  # the flow of a Gaussian scales it
+    errors = [
+        float((integrate(gaussian_heads(variance), noise, start, n, solver) - exact).abs().max()) for n in (32, 64)
+    ]
     assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
 
 

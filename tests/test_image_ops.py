@@ -6,7 +6,7 @@ import scipy.ndimage as ndi
 import torch
 import torch.nn.functional as F
 
-from image_ops import anomaly_components, gaussian_blur, gradient, laplacian
+from image_ops import gaussian_blur, gradient, laplacian, residual_components
 
 
 @pytest.fixture
@@ -31,7 +31,9 @@ def test_laplacian_is_scipys(x):
 
 @pytest.mark.parametrize("sigma", [0.5, 1.3, 4.0])  # at 4 the kernel is longer than the image
 def test_blur_is_scipys(x, sigma):
-    torch.testing.assert_close(gaussian_blur(x, sigma), per_plane(x, lambda p: ndi.gaussian_filter(p, sigma, mode="nearest", truncate=4)))
+    torch.testing.assert_close(
+        gaussian_blur(x, sigma), per_plane(x, lambda p: ndi.gaussian_filter(p, sigma, mode="nearest", truncate=4))
+    )
 
 
 @pytest.mark.parametrize("sigma", [0, 0.05])
@@ -74,21 +76,21 @@ def test_derivatives_are_exact(operator):
 
 def test_anomaly_components_are_differentiable(x):
     x, y = x[:1, :1, :4, :5].clone().requires_grad_(), x[1:, :1, :4, :5].clone().requires_grad_()
-    assert torch.autograd.gradcheck(anomaly_components, (x, y))
+    assert torch.autograd.gradcheck(residual_components, (x, y))
 
 
 def test_each_component_averages_to_the_l1_distance_of_what_it_compares(x):
     y = x.flip(0)
     expected = [F.l1_loss(x, y), F.l1_loss(gradient(x), gradient(y)), F.l1_loss(laplacian(x), laplacian(y))]
-    components = anomaly_components(x, y)
+    components = residual_components(x, y)
     assert all(part.shape == (2, 1, 12, 17) for part in components)
     torch.testing.assert_close([part.mean() for part in components], expected)
 
 
 def test_equal_images_have_no_anomaly_and_unequal_shapes_are_refused(x):
-    assert all(part.max() == 0 for part in anomaly_components(x, x))
+    assert all(part.max() == 0 for part in residual_components(x, x))
     with pytest.raises(ValueError, match="one shape"):
-        anomaly_components(x, x[:1])
+        residual_components(x, x[:1])
 
 
 @pytest.mark.parametrize("operator", [gradient, laplacian, lambda x: gaussian_blur(x, 1.5)])

@@ -47,7 +47,9 @@ def test_channel_statistics_are_numpys_however_they_are_cut(rows_at_once):
 def test_rows_come_out_standardized_by_row_or_by_epoch_and_row(folder):
     data = LatentDataset(folder, "val")
     assert len(data) == 3
-    expected = (torch.from_numpy(ROWS[2]) - torch.tensor(STANDARD.mean).view(2, 1, 1)) / torch.tensor(STANDARD.std).view(2, 1, 1)
+    expected = (torch.from_numpy(ROWS[2]) - torch.tensor(STANDARD.mean).view(2, 1, 1)) / torch.tensor(
+        STANDARD.std
+    ).view(2, 1, 1)
     for key in (2, (7, 2)):
         torch.testing.assert_close(data[key], expected)
 
@@ -81,17 +83,25 @@ def pickled_objects(path):
     np.save(path, np.array([{}], dtype=object))
 
 
-@pytest.mark.parametrize("damage", [cut_short, garbage, pickled_objects, lambda path: path.write_bytes(b"")], ids=["cut", "garbage", "pickled", "empty"])
+@pytest.mark.parametrize(
+    "damage",
+    [cut_short, garbage, pickled_objects, lambda path: path.write_bytes(b"")],
+    ids=["cut", "garbage", "pickled", "empty"],
+)
 def test_a_damaged_file_names_phase_2(folder, damage):
     damage(folder / "latents_train.npy")
     with pytest.raises(UsageError, match="latents_train.npy is damaged .*: run python extract_latents.py again"):
         LatentDataset(folder, "train")
 
 
-@pytest.mark.parametrize("rows", [ROWS[:4], ROWS[:, :1], ROWS[..., :3]], ids=["fewer rows", "fewer channels", "narrower"])
+@pytest.mark.parametrize(
+    "rows", [ROWS[:4], ROWS[:, :1], ROWS[..., :3]], ids=["fewer rows", "fewer channels", "narrower"]
+)
 def test_a_file_of_another_shape_than_described_names_phase_2(folder, rows):
     np.save(folder / "latents_train.npy", rows)
-    with pytest.raises(UsageError, match=r"has shape .*latents.json says \(5, 2, 4, 6\): run python extract_latents.py again"):
+    with pytest.raises(
+        UsageError, match=r"has shape .*latents.json says \(5, 2, 4, 6\): run python extract_latents.py again"
+    ):
         LatentDataset(folder, "train")
 
 

@@ -56,7 +56,9 @@ def test_one_class_alone_has_no_image_metrics(label):
 @pytest.mark.parametrize("levels", [None, 2])
 def test_pixel_average_precision_is_scikit_learns(rng, levels):
     maps, masks = lesions_and_maps(rng, levels=levels)
-    assert metrics.pixel_average_precision(maps, masks) == pytest.approx(average_precision_score(masks.ravel(), maps.ravel()), abs=1e-12)
+    assert metrics.pixel_average_precision(maps, masks) == pytest.approx(
+        average_precision_score(masks.ravel(), maps.ravel()), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
@@ -92,7 +94,12 @@ def test_aupro_joins_diagonal_neighbours_and_counts_small_regions_as_much_as_lar
 
 def test_pixel_metrics_of_images_without_lesions_are_nan():
     maps, masks = np.random.default_rng(0).random((2, 5, 5)), np.zeros((2, 5, 5), dtype=bool)
-    values = [metrics.pixel_average_precision(maps, masks), metrics.aupro(maps, masks), metrics.dice_at(maps, masks, 0.5), *metrics.best_dice(maps, masks)]
+    values = [
+        metrics.pixel_average_precision(maps, masks),
+        metrics.aupro(maps, masks),
+        metrics.dice_at(maps, masks, 0.5),
+        *metrics.best_dice(maps, masks),
+    ]
     assert np.isnan(values).all()
 
 
@@ -128,7 +135,9 @@ def test_false_positive_interval_is_where_the_binomial_says_it_is():
 
 def test_false_positive_interval_covers_simulated_thresholds_as_often_as_it_says(rng):
     low, high = metrics.false_positive_interval(40, 0.05, confidence=0.8)
-    rates = np.array([1 - metrics.threshold_from_normals(normals, 0.05) for normals in rng.random((4000, 40))])  # uniform: rate = 1 - threshold
+    rates = np.array(
+        [1 - metrics.threshold_from_normals(normals, 0.05) for normals in rng.random((4000, 40))]
+    )  # uniform: rate = 1 - threshold
     assert np.mean((low <= rates) & (rates <= high)) == pytest.approx(0.8, abs=0.02)
     assert rates.mean() == pytest.approx(3 / 41, abs=0.002)
 
@@ -166,14 +175,24 @@ def study(rng):
     masks = [None if kind != "cyst" else m for kind, m in zip(kinds, masks, strict=True)]
     labels = [int(kind != "normal") for kind in kinds]
     patients = list(range(6)) * 2 + [7] * 4
-    return dict(scores=[m.max() for m in maps], labels=labels, kinds=kinds, maps=list(maps), masks=masks, pixel_threshold=0.5, patients=patients)
+    return dict(
+        scores=[m.max() for m in maps],
+        labels=labels,
+        kinds=kinds,
+        maps=list(maps),
+        masks=masks,
+        pixel_threshold=0.5,
+        patients=patients,
+    )
 
 
 def test_summary_compares_each_kind_with_all_normals(study):
     summary = metrics.summarize(**study)
     cyst, scores, labels = summary["kinds"]["cyst"], study["scores"][:12], study["labels"][:12]
     lesions = [np.zeros((16, 16), dtype=bool)] * 6 + study["masks"][6:12]
-    assert (cyst["auroc"], cyst["ap"]) == pytest.approx((roc_auc_score(labels, scores), average_precision_score(labels, scores)))
+    assert (cyst["auroc"], cyst["ap"]) == pytest.approx(
+        (roc_auc_score(labels, scores), average_precision_score(labels, scores))
+    )
     assert cyst["auroc_interval"][0] <= cyst["auroc"] <= cyst["auroc_interval"][1]
     assert cyst["pixel_ap"] == pytest.approx(average_precision_score(np.ravel(lesions), np.ravel(study["maps"][:12])))
     assert cyst["aupro"] == pytest.approx(aupro_by_definition(np.stack(study["maps"][:12]), np.stack(lesions), 0.3))
@@ -190,7 +209,9 @@ def test_summary_leaves_abnormal_images_without_a_mask_out_of_pixel_metrics_only
 
 
 def test_summary_is_strict_json_even_where_nothing_is_defined(study):
-    nothing = {key: value[:6] if isinstance(value, list) else value for key, value in study.items()} | {"maps": [None] * 6}
+    nothing = {key: value[:6] if isinstance(value, list) else value for key, value in study.items()} | {
+        "maps": [None] * 6
+    }
     for arguments in (study, nothing):
         summary = metrics.summarize(**arguments)
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary

@@ -11,20 +11,25 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from skimage.metrics import structural_similarity
 
 from config import UsageError, VAEConfig
+from files import load_checkpoint, save_checkpoint
 from model import RadiographVAE, kl_divergence, pretrained_vae, rebuild_vae, ssim, vae_loss
-from runtime import load_checkpoint, save_checkpoint
 
 LEVELS = (8, 8, 16, 16)  # three halvings, as Stable Diffusion has
 
 
 def kl_autoencoder(channels=1, levels=LEVELS):
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * len(levels), "up_block_types": ("UpDecoderBlock2D",) * len(levels)}
+    blocks = {
+        "down_block_types": ("DownEncoderBlock2D",) * len(levels),
+        "up_block_types": ("UpDecoderBlock2D",) * len(levels),
+    }
     return AutoencoderKL(channels, channels, **blocks, block_out_channels=levels, layers_per_block=1, norm_num_groups=4)
 
 
 def tiny_autoencoder(channels=3):
     blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
-    return AutoencoderTiny(channels, channels, **blocks, num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1))
+    return AutoencoderTiny(
+        channels, channels, **blocks, num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1)
+    )
 
 
 KINDS = pytest.mark.parametrize("build", [kl_autoencoder, tiny_autoencoder])
@@ -45,7 +50,9 @@ def radiographs(height=32, width=48):
 def test_kl_is_that_of_torch_distributions():
     mean, logvar = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64)
     posterior = torch.distributions.Normal(mean, torch.exp(0.5 * logvar))
-    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean)))
+    expected = torch.distributions.kl_divergence(
+        posterior, torch.distributions.Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    )
     torch.testing.assert_close(kl_divergence(mean, logvar), expected.sum((1, 2, 3)).mean(), rtol=1e-12, atol=0)
 
 
@@ -59,14 +66,18 @@ def test_ssim_is_that_of_scikit_image(noise):
     x = torch.nn.functional.interpolate(torch.rand(1, 1, 12, 16) * 2 - 1, (96, 128), mode="bicubic").clamp(-1, 1)
     y = (x + noise * torch.randn_like(x)).clamp(-1, 1)
     mirrored = (np.pad(image[0, 0].double().numpy(), 5, mode="reflect") for image in (x, y))
-    expected = structural_similarity(*mirrored, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2)
+    expected = structural_similarity(
+        *mirrored, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2
+    )
     assert float(ssim(x, y)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_perfect_copy_costs_only_its_kl():
     x, (mean, logvar) = radiographs(), torch.randn(2, 2, 4, 4, 6)
     config = VAEConfig(beta_kl=0.5)
-    torch.testing.assert_close(vae_loss(x, x, mean, logvar, config).total, 0.5 * kl_divergence(mean, logvar), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        vae_loss(x, x, mean, logvar, config).total, 0.5 * kl_divergence(mean, logvar), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.5, 0.3, 0.1, 1e-6), (0.0, 2.0, 0.0, 3.0, 0.1)])
@@ -82,7 +93,11 @@ def test_the_total_is_the_weighted_sum_of_the_terms(weights):
 def test_a_constant_offset_costs_its_size_in_pixels_and_nothing_in_edges():
     x = radiographs() * 0.5
     terms = vae_loss(x, x + 0.25, x, None, VAEConfig()).terms
-    assert float(terms["pix"]) == pytest.approx(0.25, rel=1e-5) and float(terms["grad"]) < 1e-6 and float(terms["hf"]) < 1e-6
+    assert (
+        float(terms["pix"]) == pytest.approx(0.25, rel=1e-5)
+        and float(terms["grad"]) < 1e-6
+        and float(terms["hf"]) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
@@ -90,7 +105,10 @@ def test_ssim_is_logged_with_its_value_also_at_weight_zero(weight):
     x, y = radiographs(), radiographs().requires_grad_()
     loss = vae_loss(x, y, x, None, VAEConfig(lambda_ssim=weight))
     loss.total.backward()
-    assert float(loss.terms["ssim_error"]) == pytest.approx(1 - float(ssim(x, y.detach())), abs=1e-6) and y.grad.abs().sum() > 0
+    assert (
+        float(loss.terms["ssim_error"]) == pytest.approx(1 - float(ssim(x, y.detach())), abs=1e-6)
+        and y.grad.abs().sum() > 0
+    )
 
 
 def test_an_autoencoder_without_a_posterior_has_no_kl():
@@ -186,7 +204,9 @@ def test_a_local_diffusers_folder_gives_its_own_weights(build, tmp_path):
 
 def test_half_precision_weights_are_trained_in_float32(tmp_path):
     kl_autoencoder().half().save_pretrained(tmp_path)
-    assert {weight.dtype for weight in pretrained_vae(VAEConfig(pretrained=str(tmp_path))).parameters()} == {torch.float32}
+    assert {weight.dtype for weight in pretrained_vae(VAEConfig(pretrained=str(tmp_path))).parameters()} == {
+        torch.float32
+    }
 
 
 @KINDS
@@ -235,7 +255,9 @@ def with_pickled_weights(folder):
     kl_autoencoder().save_pretrained(folder, safe_serialization=False)
 
 
-@pytest.mark.parametrize("spoil", [empty, of_another_class, without_weights, with_damaged_weights, with_pickled_weights])
+@pytest.mark.parametrize(
+    "spoil", [empty, of_another_class, without_weights, with_damaged_weights, with_pickled_weights]
+)
 def test_a_folder_that_holds_no_vae_is_refused_by_name(spoil, tmp_path):
     spoil(tmp_path)
     with pytest.raises(UsageError, match=f"vae.pretrained = {tmp_path} "):

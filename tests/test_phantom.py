@@ -9,12 +9,19 @@ from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from config import UsageError
-from phantom import LESIONS, draw_phantom, write_dataset, write_dicom
+from phantoms.phantom import LESIONS, draw_phantom, write_dataset, write_dicom
 
 SIZE = {"height": 128, "width": 256}
 COUNTS = {"train": 2, "val": 1, "test_normal": 1, "test_per_lesion": 2}
 # Plausible mask areas in pixels at 128 x 256: caries are millimetres, cysts and bone loss centimetres.
-AREA = {"caries": (5, 120), "periapical": (20, 200), "cyst": (150, 1500), "impacted": (60, 900), "implant": (40, 700), "bone_loss": (60, 900)}
+AREA = {
+    "caries": (5, 120),
+    "periapical": (20, 200),
+    "cyst": (150, 1500),
+    "impacted": (60, 900),
+    "implant": (40, 700),
+    "bone_loss": (60, 900),
+}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,11 @@ def test_another_seed_or_patient_is_another_picture():
 @pytest.mark.parametrize("shape", [(96, 96), (128, 256), (100, 330)])
 def test_pictures_have_the_asked_size_and_use_the_grey_scale(shape):
     phantom = draw_phantom(0, 0, None, *shape)
-    assert phantom.image.shape == phantom.mask.shape == shape and phantom.image.dtype == np.float32 and phantom.mask.dtype == bool
+    assert (
+        phantom.image.shape == phantom.mask.shape == shape
+        and phantom.image.dtype == np.float32
+        and phantom.mask.dtype == bool
+    )
     assert 0 <= phantom.image.min() and phantom.image.max() <= 1 and phantom.image.std() > 0.08
 
 
@@ -81,23 +92,39 @@ def test_dicom_reads_back_as_the_same_panoramic_picture(tmp_path):
     phantom = draw_phantom(0, 7, "cyst", **SIZE)
     write_dicom(tmp_path / "x.dcm", phantom)
     data = pydicom.dcmread(tmp_path / "x.dcm")
-    assert (data.Modality, data.BitsAllocated, data.PhotometricInterpretation, str(data.PatientName)) == ("PX", 16, "MONOCHROME2", "PHANTOM^0007")
-    assert data.file_meta.MediaStorageSOPInstanceUID == data.SOPInstanceUID and data.SOPClassUID.name == "Digital X-Ray Image Storage - For Presentation"
+    assert (data.Modality, data.BitsAllocated, data.PhotometricInterpretation, str(data.PatientName)) == (
+        "PX",
+        16,
+        "MONOCHROME2",
+        "PHANTOM^0007",
+    )
+    assert (
+        data.file_meta.MediaStorageSOPInstanceUID == data.SOPInstanceUID
+        and data.SOPClassUID.name == "Digital X-Ray Image Storage - For Presentation"
+    )
     np.testing.assert_allclose(data.pixel_array / 4095, phantom.image, atol=0.5 / 4095 + 1e-6)
 
 
 def test_no_patient_lies_in_two_splits(dataset):
-    patients = {split: {row["patient"] for row in read(dataset) if row["split"] == split} for split in ("train", "val", "test")}
+    patients = {
+        split: {row["patient"] for row in read(dataset) if row["split"] == split} for split in ("train", "val", "test")
+    }
     assert not patients["train"] & patients["val"] and not (patients["train"] | patients["val"]) & patients["test"]
 
 
 def test_the_manifest_lists_what_was_asked_for(dataset):
     rows = read(dataset)
     assert list(rows[0]) == ["image", "split", "label", "kind", "mask", "patient"]
-    assert [sum(row["split"] == split for row in rows) for split in ("train", "val", "test")] == [2, 1, 1 + 2 * len(LESIONS)]
+    assert [sum(row["split"] == split for row in rows) for split in ("train", "val", "test")] == [
+        2,
+        1,
+        1 + 2 * len(LESIONS),
+    ]
     assert all(row["kind"] == "normal" for row in rows if row["split"] != "test")
     for row in rows:
-        assert (dataset.parent / row["image"]).is_file() and (row["kind"] != "normal") == (row["label"] == "1") == bool(row["mask"])
+        assert (dataset.parent / row["image"]).is_file() and (row["kind"] != "normal") == (row["label"] == "1") == bool(
+            row["mask"]
+        )
 
 
 def test_masks_are_black_and_white_and_as_large_as_their_image(dataset):
@@ -115,7 +142,9 @@ def test_writing_twice_gives_the_same_bytes(dataset, tmp_path):
 
 
 def test_png_holds_the_same_picture_in_eight_bits(tmp_path):
-    manifest = write_dataset(tmp_path, train=1, val=0, test_normal=0, test_per_lesion=0, **SIZE, file_format="png", workers=1)
+    manifest = write_dataset(
+        tmp_path, train=1, val=0, test_normal=0, test_per_lesion=0, **SIZE, file_format="png", workers=1
+    )
     with Image.open(tmp_path / read(manifest)[0]["image"]) as image:
         pixels = np.asarray(image)
     np.testing.assert_allclose(pixels / 255, draw_phantom(0, 0, **SIZE).image, atol=0.5 / 255 + 1e-6)

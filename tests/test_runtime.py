@@ -11,23 +11,18 @@ import torch
 
 import runtime
 from config import Config, RuntimeConfig, UsageError, VAEConfig
+from files import FORMAT, load_checkpoint, save_checkpoint, sha256, write_atomically, write_json
 from runtime import (
-    FORMAT,
     Meter,
     RunLog,
     StepBatches,
     build_ema,
     generator,
     learning_rate,
-    load_checkpoint,
     plain,
     read_log,
     resume_point,
     run_script,
-    save_checkpoint,
-    sha256,
-    write_atomically,
-    write_json,
 )
 
 MADE_BY = "python phase.py"
@@ -49,7 +44,9 @@ def test_every_epoch_visits_every_row_once(size, batch_size):
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    first, second, other = (list(StepBatches(50, 50, start, start + 1, seed=s))[0] for start, s in ((0, 0), (1, 0), (0, 1)))
+    first, second, other = (
+        list(StepBatches(50, 50, start, start + 1, seed=s))[0] for start, s in ((0, 0), (1, 0), (0, 1))
+    )
     assert len({tuple(row for _, row in batch) for batch in (first, second, other)}) == 3
 
 
@@ -85,7 +82,9 @@ def test_ema_follows_its_recursion(decay):
         torch.nn.init.normal_(model.weight)
         ema.update_parameters(model)
         current = min(decay, (1 + n) / (10 + n))
-        expected = model.weight.detach().clone() if n == 0 else current * expected + (1 - current) * model.weight.detach()
+        expected = (
+            model.weight.detach().clone() if n == 0 else current * expected + (1 - current) * model.weight.detach()
+        )
     torch.testing.assert_close(ema.module.weight, expected)
 
 
@@ -99,7 +98,15 @@ def test_ema_holds_no_gradient_and_does_not_touch_the_model():
 
 
 def test_noise_depends_on_every_part_of_its_key_and_on_nothing_else():
-    keys = [(0, "noise", 1, 0), (1, "noise", 1, 0), (0, "order", 1, 0), (0, "noise", 2, 0), (0, "noise", 1, 1), (0, "noise", 11, 0), (0, "noise", 1)]
+    keys = [
+        (0, "noise", 1, 0),
+        (1, "noise", 1, 0),
+        (0, "order", 1, 0),
+        (0, "noise", 2, 0),
+        (0, "noise", 1, 1),
+        (0, "noise", 11, 0),
+        (0, "noise", 1),
+    ]
     draws = [tuple(torch.randn(4, generator=generator(*key)).tolist()) for key in keys]
     torch.manual_seed(99)
     assert len(set(draws)) == len(keys)
@@ -109,7 +116,10 @@ def test_noise_depends_on_every_part_of_its_key_and_on_nothing_else():
 # ---------------------------------------------------------------- scripts
 
 
-@pytest.mark.parametrize(("error", "code", "line"), [(UsageError("do this"), 2, "error: do this\n"), (KeyboardInterrupt(), 130, "error: interrupted")])
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [(UsageError("do this"), 2, "error: do this\n"), (KeyboardInterrupt(), 130, "error: interrupted")],
+)
 def test_what_the_user_can_mend_is_one_line_and_a_code(error, code, line, capsys):
     def main():
         raise error
@@ -172,7 +182,9 @@ def test_sha256_is_that_of_the_standard(tmp_path):
 def test_a_checkpoint_reads_back(tmp_path):
     save_checkpoint(tmp_path / "x.pt", "vae", {"weights": {"w": torch.arange(3.0)}, "step": 7})
     content = load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)
-    assert (content["format"], content["kind"], content["step"]) == (FORMAT, "vae", 7) and content["weights"]["w"].tolist() == [0, 1, 2]
+    assert (content["format"], content["kind"], content["step"]) == (FORMAT, "vae", 7) and content["weights"][
+        "w"
+    ].tolist() == [0, 1, 2]
 
 
 class Malice:
@@ -195,10 +207,22 @@ SPOILT = {
     "empty": (lambda path: path.write_bytes(b""), "cannot be read .*run python phase.py again"),
     "garbage": (lambda path: path.write_bytes(b"not a checkpoint"), "cannot be read .*run python phase.py again"),
     "truncated": (truncated, "cannot be read .*run python phase.py again"),
-    "wrong kind": (lambda path: save_checkpoint(path, "flowdiff", {}), "is no vae checkpoint: give the file that python phase.py wrote"),
-    "a bare tensor": (lambda path: torch.save(torch.zeros(3), path), "is no vae checkpoint: give the file that python phase.py wrote"),
-    "a state dict": (lambda path: torch.save({"weight": torch.zeros(3)}, path), "is no vae checkpoint: give the file that python phase.py wrote"),
-    "newer format": (lambda path: torch.save({"kind": "vae", "format": FORMAT + 1}, path), f"has format {FORMAT + 1}, this code reads {FORMAT}: use the"),
+    "wrong kind": (
+        lambda path: save_checkpoint(path, "flowdiff", {}),
+        "is no vae checkpoint: give the file that python phase.py wrote",
+    ),
+    "a bare tensor": (
+        lambda path: torch.save(torch.zeros(3), path),
+        "is no vae checkpoint: give the file that python phase.py wrote",
+    ),
+    "a state dict": (
+        lambda path: torch.save({"weight": torch.zeros(3)}, path),
+        "is no vae checkpoint: give the file that python phase.py wrote",
+    ),
+    "newer format": (
+        lambda path: torch.save({"kind": "vae", "format": FORMAT + 1}, path),
+        f"has format {FORMAT + 1}, this code reads {FORMAT}: use the",
+    ),
     "no format": (lambda path: torch.save({"kind": "vae"}, path), "run python phase.py again"),
     "a folder": (lambda path: path.mkdir(), "python phase.py"),
 }
@@ -235,12 +259,21 @@ def test_resuming_is_a_choice_and_needs_a_file(tmp_path):
 
 
 def test_a_changed_config_names_every_field_that_differs(tmp_path):
-    old, new = (plain(Config(vae=VAEConfig(lr=lr, steps=steps), runtime=RuntimeConfig(seed=seed))) for lr, steps, seed in ((1.0, 5, 0), (2.0, 6, 4)))
+    old, new = (
+        plain(Config(vae=VAEConfig(lr=lr, steps=steps), runtime=RuntimeConfig(seed=seed)))
+        for lr, steps, seed in ((1.0, 5, 0), (2.0, 6, 4))
+    )
     save_checkpoint(tmp_path / "x.pt", "vae", {"config": {**old, "gone": 1}})
     with pytest.raises(UsageError) as refusal:
         resume_point(tmp_path / "x.pt", "vae", {**new, "added": 2}, True, MADE_BY)
     text = str(refusal.value)
-    for difference in ("vae.lr was 1.0, now 2.0", "vae.steps was 5, now 6", "runtime.seed was 0, now 4", "gone was 1", "added was None, now 2"):
+    for difference in (
+        "vae.lr was 1.0, now 2.0",
+        "vae.steps was 5, now 6",
+        "runtime.seed was 0, now 4",
+        "gone was 1",
+        "added was None, now 2",
+    ):
         assert difference in text
     assert text.count(" was ") == 6 and "--runtime.resume False" in text  # five fields, and "was written"
 
@@ -259,9 +292,10 @@ def test_a_resumed_log_reads_as_if_nothing_had_happened(tmp_path):
         log.write(step, {"loss": step / 8, "kl": "n/a"})
     again = RunLog(tmp_path, "phase", Config(), from_step=2)
     again.write(3, {"loss": 9.0})
-    assert rows(tmp_path) == [["step", "name", "value"], *[[str(s), n, v] for s, v in ((1, "0.125"), (2, "0.25")) for n, v in (("loss", v), ("kl", "n/a"))]] + [
-        ["3", "loss", "9"]
-    ]
+    assert rows(tmp_path) == [
+        ["step", "name", "value"],
+        *[[str(s), n, v] for s, v in ((1, "0.125"), (2, "0.25")) for n, v in (("loss", v), ("kl", "n/a"))],
+    ] + [["3", "loss", "9"]]
     assert read_log(tmp_path) == {"loss": ([1, 2, 3], [0.125, 0.25, 9.0])}
 
 
@@ -305,8 +339,14 @@ def test_wandb_offline_stays_in_the_run_folder_and_takes_numbers_only(tmp_path, 
     log.close()
     written = [path for path in (tmp_path / "run" / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in written) and not list((tmp_path / "elsewhere").iterdir())
-    assert not [path for path in written if path.suffix in (".png", ".jpg", ".npy", ".dcm", ".pt") or "media" in path.parts]
-    assert not any(secret in path.read_bytes() for path in written for secret in (b"a patient", b"./data", str(Path.home()).encode() + b"/"))
+    assert not [
+        path for path in written if path.suffix in (".png", ".jpg", ".npy", ".dcm", ".pt") or "media" in path.parts
+    ]
+    assert not any(
+        secret in path.read_bytes()
+        for path in written
+        for secret in (b"a patient", b"./data", str(Path.home()).encode() + b"/")
+    )
 
 
 def test_meter_gives_means_since_the_last_flush():

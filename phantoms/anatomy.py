@@ -16,8 +16,16 @@ MM = 1.25 / 150  # one millimetre of anatomy: panoramic magnification over the h
 ARCH_STRETCH = 1.12  # sideways magnification exceeds the upright one
 SUPERSAMPLING = 3
 # Mean widths, crown heights and root lengths from central incisor to third molar (Wheeler's Dental Anatomy, rounded), in mm.
-UPPER = ((8.5, 6.6, 7.6, 7.1, 6.8, 10.3, 9.8, 8.8), (10.5, 9.2, 10, 8.5, 8.3, 7.8, 7.4, 6.8), (12, 12, 14.5, 12, 12, 11.5, 11, 9.5))
-LOWER = ((5.5, 6.0, 7.0, 7.1, 7.3, 11.0, 10.6, 10.2), (9.0, 9.4, 10.8, 8.6, 8.1, 7.6, 7.1, 6.9), (13, 14, 16, 15, 15, 15, 14, 11.5))
+UPPER = (
+    (8.5, 6.6, 7.6, 7.1, 6.8, 10.3, 9.8, 8.8),
+    (10.5, 9.2, 10, 8.5, 8.3, 7.8, 7.4, 6.8),
+    (12, 12, 14.5, 12, 12, 11.5, 11, 9.5),
+)
+LOWER = (
+    (5.5, 6.0, 7.0, 7.1, 7.3, 11.0, 10.6, 10.2),
+    (9.0, 9.4, 10.8, 8.6, 8.1, 7.6, 7.1, 6.9),
+    (13, 14, 16, 15, 15, 15, 14, 11.5),
+)
 # Half-width of a crown at 0, 20, 45, 75 and 100 % of its height, over its largest, by position in the row (6 stands for all molars).
 CROWN_SHAPE = {
     1: (0.86, 0.97, 1.0, 0.92, 0.74), 2: (0.86, 0.97, 1.0, 0.92, 0.74), 3: (0.22, 0.74, 1.0, 0.93, 0.74),
@@ -27,7 +35,16 @@ CROWN_SHAPE = {
 JAW = ((0, 0.93), (0.14, 0.925), (0.30, 0.897), (0.45, 0.85), (0.59, 0.785), (0.715, 0.70), (0.785, 0.61), (0.805, 0.51), (0.815, 0.40), (0.825, 0.30),
        (0.862, 0.235), (0.858, 0.19), (0.82, 0.178), (0.79, 0.21), (0.775, 0.275), (0.735, 0.30), (0.69, 0.265), (0.665, 0.235), (0.645, 0.27),
        (0.64, 0.36), (0.625, 0.44))  # fmt: skip
-CANAL = ((0.735, 0.40), (0.715, 0.49), (0.66, 0.60), (0.56, 0.695), (0.45, 0.755), (0.35, 0.775), (0.295, 0.765), (0.275, 0.745))
+CANAL = (
+    (0.735, 0.40),
+    (0.715, 0.49),
+    (0.66, 0.60),
+    (0.56, 0.695),
+    (0.45, 0.755),
+    (0.35, 0.775),
+    (0.295, 0.765),
+    (0.275, 0.745),
+)
 SINUS = ((0.13, 0.17), (0.16, 0.10), (0.27, 0.06), (0.43, 0.06), (0.53, 0.11), (0.55, 0.21), (0.52, 0.29), (0.44, 0.335), (0.34, 0.34), (0.25, 0.30),
          (0.17, 0.24))  # fmt: skip
 
@@ -45,7 +62,9 @@ class Tooth:
     crown: float
     root: float
     bend: float = 0.0  # sideways shift of the apex by the curvature of the root
-    filling: tuple[float, float, float] | None = None  # sideways centre and half-width in half-widths, depth in crown heights
+    filling: tuple[float, float, float] | None = (
+        None  # sideways centre and half-width in half-widths, depth in crown heights
+    )
     crowned: bool = False  # a full metal or ceramic crown
     root_filled: bool = False
 
@@ -80,7 +99,9 @@ class Patient:
     teeth: tuple[Tooth, ...]
     missing: tuple[Tooth, ...]
     numbers: dict[str, float] = field(default_factory=dict)  # see _sample_numbers
-    jaw: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)))  # closed outline (N, 2) of the mandible above the crest line
+    jaw: np.ndarray = field(
+        default_factory=lambda: np.zeros((0, 2))
+    )  # closed outline (N, 2) of the mandible above the crest line
 
     def occlusal(self, x: np.ndarray | float) -> np.ndarray | float:
         """The occlusal curve: height of the middle between the arches."""
@@ -115,9 +136,15 @@ def sample_patient(rng: np.random.Generator) -> Patient:
             for position in range(1, 9):
                 tooth, edge = _sample_tooth(rng, bare, position, upper, side, edge)
                 draws = rng.random(5)
-                lost = draws[0] > (0.9 if keeps_third_molars else 0.15) if position == 8 else edentulous and draws[0] < (0.10 if position > 3 else 0.02)
+                lost = (
+                    draws[0] > (0.9 if keeps_third_molars else 0.15)
+                    if position == 8
+                    else edentulous and draws[0] < (0.10 if position > 3 else 0.02)
+                )
                 if restored and position >= 4 and draws[1] < 0.45:
-                    tooth = replace(tooth, filling=(rng.uniform(-0.5, 0.5), rng.uniform(0.3, 0.6), rng.uniform(0.3, 0.65)))
+                    tooth = replace(
+                        tooth, filling=(rng.uniform(-0.5, 0.5), rng.uniform(0.3, 0.6), rng.uniform(0.3, 0.65))
+                    )
                     tooth = replace(tooth, crowned=draws[2] < 0.12, root_filled=draws[3] < 0.12)
                 (missing if lost else teeth).append(tooth)
     patient = Patient(tuple(teeth), tuple(missing), numbers)
@@ -138,7 +165,9 @@ def _sample_numbers(rng: np.random.Generator) -> dict[str, float]:
     return {name: float(rng.uniform(*bounds)) for name, bounds in ranges.items()}
 
 
-def _sample_tooth(rng: np.random.Generator, patient: Patient, position: int, upper: bool, side: int, edge: float) -> tuple[Tooth, float]:
+def _sample_tooth(
+    rng: np.random.Generator, patient: Patient, position: int, upper: bool, side: int, edge: float
+) -> tuple[Tooth, float]:
     """The next tooth of a quadrant and where it ends; neighbours overlap or gape a little."""
     size, crowding = patient.numbers["size"] * MM, patient.numbers["crowding"]
     width, crown, root = (column[position - 1] * size * rng.normal(1, 0.04) for column in (UPPER if upper else LOWER))
@@ -149,7 +178,11 @@ def _sample_tooth(rng: np.random.Generator, patient: Patient, position: int, upp
     y = patient.occlusal(x) - height if upper else patient.occlusal(x) + height
     slope = 2.2 * patient.numbers["smile"] * middle**1.2
     lean = 0.35 * slope - (0.10 if position < 4 else 0.02) if upper else 0.8 * slope + 0.06 * (position - 3) / 5
-    angle = side * (lean if not upper else -lean) + 0.05 * rng.normal() * crowding + (side * 0.12 * rng.normal() if position == 8 else 0)
+    angle = (
+        side * (lean if not upper else -lean)
+        + 0.05 * rng.normal() * crowding
+        + (side * 0.12 * rng.normal() if position == 8 else 0)
+    )
     tooth = Tooth(position, upper, x, y, angle, width / 2 * 1.02, crown, root, bend=side * rng.normal(0.008, 0.006))
     return tooth, edge + width * rng.uniform(0.96, 1.01)
 
@@ -199,7 +232,10 @@ class Canvas:
 
     def window(self, points: np.ndarray) -> tuple[slice, slice]:
         """Rows and columns of the box around the points."""
-        low, high = np.floor(self.pixels(points).min(0)).astype(int), np.ceil(self.pixels(points).max(0)).astype(int) + 1
+        low, high = (
+            np.floor(self.pixels(points).min(0)).astype(int),
+            np.ceil(self.pixels(points).max(0)).astype(int) + 1,
+        )
         return slice(max(low[1], 0), max(high[1], 0)), slice(max(low[0], 0), max(high[0], 0))
 
     def fill(self, points: np.ndarray, blur: float = 0.0) -> np.ndarray:
@@ -210,7 +246,9 @@ class Canvas:
         """Coverage of a line; one thinner than a subpixel is drawn at that width and weakened."""
         wanted = thickness * self.height * SUPERSAMPLING
         drawn = max(1, round(wanted))
-        return self._paint(points, blur, lambda draw, flat: draw.line(flat, fill=255, width=drawn, joint="curve")) * np.float32(min(1.0, wanted / drawn))
+        return self._paint(
+            points, blur, lambda draw, flat: draw.line(flat, fill=255, width=drawn, joint="curve")
+        ) * np.float32(min(1.0, wanted / drawn))
 
     def _paint(self, points: np.ndarray, blur: float, paint) -> np.ndarray:
         image = Image.new("L", (self.width * SUPERSAMPLING, self.height * SUPERSAMPLING))
@@ -247,10 +285,15 @@ def draw_anatomy(patient: Patient, canvas: Canvas, rng: np.random.Generator) -> 
     return scene
 
 
-def both_sides(rng: np.random.Generator, points, scale: float = 1.0, centre: tuple[float, float] = (0.0, 0.0)) -> list[np.ndarray]:
+def both_sides(
+    rng: np.random.Generator, points, scale: float = 1.0, centre: tuple[float, float] = (0.0, 0.0)
+) -> list[np.ndarray]:
     """The curve and its mirror image, scaled about a centre; the sides differ a little, as they do in people."""
     points = (np.asarray(points) - centre) * scale + centre
-    return [smooth_curve(points + rng.normal(0, 0.005, points.shape) + rng.normal(0, 0.008, 2)) * [side, 1] for side in (1, -1)]
+    return [
+        smooth_curve(points + rng.normal(0, 0.005, points.shape) + rng.normal(0, 0.008, 2)) * [side, 1]
+        for side in (1, -1)
+    ]
 
 
 def draw_soft_tissue(patient: Patient, canvas: Canvas, rng: np.random.Generator) -> np.ndarray:
@@ -261,9 +304,16 @@ def draw_soft_tissue(patient: Patient, canvas: Canvas, rng: np.random.Generator)
     base = 0.42 - 0.05 * y - 0.20 * below * np.minimum(1, side / 0.35) - 0.10 * np.clip(side - 0.8, 0, 1)
     base += n["spine"] * np.exp(-(np.abs(x / n["spine_width"]) ** 2.5)) * (0.15 + 0.85 * y)
     base += 0.045 * haze(rng, canvas, 0.14) + 0.05 * haze(rng, canvas, 0.05) * np.clip((0.36 - y) / 0.1, 0, 1)
-    mouth = np.clip((patient.gap(x) / 2 + 0.022 - np.abs(y - patient.occlusal(x))) / 0.016, 0, 1) * np.clip((0.60 - side) / 0.06, 0, 1)
+    mouth = np.clip((patient.gap(x) / 2 + 0.022 - np.abs(y - patient.occlusal(x))) / 0.016, 0, 1) * np.clip(
+        (0.60 - side) / 0.06, 0, 1
+    )
     base -= 0.20 * mouth
-    base -= n["airway"] * np.exp(-(((side - 0.63 - 0.08 * (y - 0.5)) / 0.045) ** 2)) * np.clip((y - 0.3) / 0.1, 0, 1) * np.clip((0.85 - y) / 0.15, 0, 1)
+    base -= (
+        n["airway"]
+        * np.exp(-(((side - 0.63 - 0.08 * (y - 0.5)) / 0.045) ** 2))
+        * np.clip((y - 0.3) / 0.1, 0, 1)
+        * np.clip((0.85 - y) / 0.15, 0, 1)
+    )
     roof = 0.285 - n["palate_arch"] * (1 - (x / 0.5) ** 2)
     base -= n["palate_air"] * np.exp(-(((y - roof - 0.03) / 0.018) ** 2)) * np.clip((0.5 - side) / 0.1, 0, 1)
     return (base + draw_midface(patient, canvas, rng)).astype(np.float32)
@@ -302,9 +352,17 @@ def draw_bone(patient: Patient, canvas: Canvas, rng: np.random.Generator) -> np.
     jaw = canvas.fill(patient.jaw, 0.002)
     body = np.clip((0.72 - np.abs(x)) / 0.2, 0, 1)
     bone = jaw * (0.13 + 0.13 * body)
-    bone += 0.22 * n["texture"] * jaw * (0.35 + 0.65 * body) * (0.6 * trabeculae(rng, canvas, 0.004, 0.006) + 0.5 * trabeculae(rng, canvas, 0.008, 0.013))
+    bone += (
+        0.22
+        * n["texture"]
+        * jaw
+        * (0.35 + 0.65 * body)
+        * (0.6 * trabeculae(rng, canvas, 0.004, 0.006) + 0.5 * trabeculae(rng, canvas, 0.008, 0.013))
+    )
     lower = patient.jaw[: 2 * 8 * (len(JAW) - 1) + 1]
-    bone += 0.24 * canvas.line(lower, 0.022, 0.003) * jaw * np.clip((y - 0.50) / 0.2, 0, 1) + 0.09 * canvas.line(lower, 0.010, 0.003)
+    bone += 0.24 * canvas.line(lower, 0.022, 0.003) * jaw * np.clip((y - 0.50) / 0.2, 0, 1) + 0.09 * canvas.line(
+        lower, 0.010, 0.003
+    )
     for curve in both_sides(rng, CANAL, n["size"], (0.0, 0.72)):
         bone += n["canal"] * (0.8 * canvas.line(curve, 0.030, 0.002) - 1.7 * canvas.line(curve, 0.018, 0.003)) * jaw
         bone -= 0.8 * n["canal"] * np.exp(-(((x - curve[-1, 0]) / 0.013) ** 2) - ((y - curve[-1, 1]) / 0.012) ** 2)
@@ -323,7 +381,9 @@ def draw_maxilla(patient: Patient, canvas: Canvas, rng: np.random.Generator) -> 
     maxilla = canvas.fill(np.concatenate([np.stack([t, crest], 1), top]), 0.003) * fade
     bone = maxilla * (0.15 + 0.17 * n["texture"] * trabeculae(rng, canvas, 0.006, 0.005))
     for curve in both_sides(rng, SINUS + SINUS[:1], n["sinus"], (0.33, 0.14)):
-        bone += 0.14 * canvas.line(curve, 0.007, 0.002) * np.clip((canvas.y - 0.02) / 0.25, 0, 1) - n["sinus_dark"] * canvas.fill(curve, 0.012)
+        bone += 0.14 * canvas.line(curve, 0.007, 0.002) * np.clip((canvas.y - 0.02) / 0.25, 0, 1) - n[
+            "sinus_dark"
+        ] * canvas.fill(curve, 0.012)
     return bone
 
 
@@ -359,13 +419,17 @@ def outline(tooth: Tooth, depth: np.ndarray, side: np.ndarray) -> tuple[np.ndarr
     whole, canals, trunk = crown, pulp, 0.0
     if p > 5:
         trunk = 0.28 * r
-        whole = np.maximum(whole, np.minimum(shape[-1] * a - np.abs(side), np.minimum(depth - 0.9 * c, c + trunk - depth)))
+        whole = np.maximum(
+            whole, np.minimum(shape[-1] * a - np.abs(side), np.minimum(depth - 0.9 * c, c + trunk - depth))
+        )
     for apex, width, length in tooth.roots:
         along = np.clip((depth - 0.95 * c) / (length * r), 0, 1.0)
         centre = a * apex * (0.72 + 0.5 * along) + tooth.bend * along**2
         offset = np.abs(side - centre)
         root_half = a * width * np.sqrt(np.clip(1.0 - along**2.2, 0, 1)) * (1 - 0.22 * along)
-        whole = np.maximum(whole, np.minimum(root_half - offset, np.minimum(depth - 0.95 * c, 0.95 * c + length * r - depth)))
+        whole = np.maximum(
+            whole, np.minimum(root_half - offset, np.minimum(depth - 0.95 * c, 0.95 * c + length * r - depth))
+        )
         ends = np.minimum(depth - 0.9 * c, 0.93 * length * r + c - depth)
         canals = np.maximum(canals, np.minimum(0.3 * a * width * (1.05 - along) + 0.0006 - offset, ends))
     return whole, crown, canals
@@ -394,20 +458,30 @@ def draw_tooth(scene: Scene, canvas: Canvas, patient: Patient, tooth: Tooth) -> 
     scene.bone[box] *= 1 - 0.65 * cover - in_bone * (0.40 * ligament - 0.22 * lamina)
     thickness = np.sqrt(np.clip(np.maximum(whole, 0) / (0.55 * tooth.half_width), 0.12, 1))
     enamel_depth = 0.0135 * np.clip(1.12 - depth / tooth.crown, 0, 1) * (1.15 if tooth.position > 5 else 1.0)
-    enamel = canvas.soft(crown) * (1 - canvas.soft(crown - enamel_depth)) * np.clip((tooth.crown - depth) / (0.12 * tooth.crown), 0, 1)
-    dentine = cover * (0.17 + 0.22 * thickness) * (1 - 0.16 * in_bone * np.clip(depth / (tooth.crown + tooth.root), 0, 1))
+    enamel = (
+        canvas.soft(crown)
+        * (1 - canvas.soft(crown - enamel_depth))
+        * np.clip((tooth.crown - depth) / (0.12 * tooth.crown), 0, 1)
+    )
+    dentine = (
+        cover * (0.17 + 0.22 * thickness) * (1 - 0.16 * in_bone * np.clip(depth / (tooth.crown + tooth.root), 0, 1))
+    )
     pulp = 0.10 * n["pulp"] * canvas.soft(canals)
     scene.teeth[box] += dentine + n["enamel"] * (0.13 * enamel + 0.10 * canvas.soft(crown)) - pulp
     scene.metal[box] += _restorations(canvas, tooth, depth, side, crown, canals)
 
 
-def _restorations(canvas: Canvas, tooth: Tooth, depth: np.ndarray, side: np.ndarray, crown: np.ndarray, canals: np.ndarray) -> np.ndarray:
+def _restorations(
+    canvas: Canvas, tooth: Tooth, depth: np.ndarray, side: np.ndarray, crown: np.ndarray, canals: np.ndarray
+) -> np.ndarray:
     """Fillings, crowns and root fillings of one tooth."""
     metal = np.zeros_like(depth)
     if tooth.filling:
         centre, half, deep = tooth.filling
         wide, tall = half * tooth.half_width, deep * tooth.crown
-        blob = (1 - ((side - centre * tooth.half_width) / wide) ** 4 - (depth / tall).clip(0) ** 4) * min(wide, tall) / 4
+        blob = (
+            (1 - ((side - centre * tooth.half_width) / wide) ** 4 - (depth / tall).clip(0) ** 4) * min(wide, tall) / 4
+        )
         metal += 0.9 * canvas.soft(np.minimum(blob, crown))
     if tooth.crowned:
         metal = np.maximum(metal, 0.8 * canvas.soft(crown + 0.003))

@@ -26,20 +26,20 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from radiograph_io import (
+from radiographs.geometry import fit_image, fit_mask, unfit_map
+from radiographs.reading import (
     ImageReadError,
     Radiograph,
     find_radiographs,
-    fit_image,
-    fit_mask,
     read_mask,
     read_patient,
     read_radiograph,
     rescale,
-    unfit_map,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*only the first is read", "ignore::UserWarning:pydicom")  # pytest resets the reader's filter
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*only the first is read", "ignore::UserWarning:pydicom"
+)  # pytest resets the reader's filter
 
 BUNDLED = sorted(path for path in (Path(pydicom.data.__file__).parent / "test_files").iterdir() if path.is_file())
 LOSSLESS = [
@@ -82,7 +82,9 @@ def write_dicom(path, pixels, syntax=ExplicitVRLittleEndian, bits=None, photomet
     dataset.HighBit = dataset.BitsStored - 1
     dataset.PixelRepresentation = int(pixels.dtype.kind == "i")
     dataset.PhotometricInterpretation = photometric
-    dataset.PixelData = data or pixels.astype(pixels.dtype.newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")).tobytes()
+    dataset.PixelData = (
+        data or pixels.astype(pixels.dtype.newbyteorder(">" if syntax == ExplicitVRBigEndian else "<")).tobytes()
+    )
     dataset["PixelData"].VR = "OB" if data or pixels.itemsize == 1 else "OW"
     for name, value in tags.items():
         setattr(dataset, name, value)
@@ -98,7 +100,11 @@ def write_dicom(path, pixels, syntax=ExplicitVRLittleEndian, bits=None, photomet
 
 def transcode_with_gdcm(path, syntax):
     gdcm = pytest.importorskip("gdcm")
-    process = gdcm.TransferSyntax.JPEGLosslessProcess14 if syntax == JPEGLossless else gdcm.TransferSyntax.JPEGLosslessProcess14_1
+    process = (
+        gdcm.TransferSyntax.JPEGLosslessProcess14
+        if syntax == JPEGLossless
+        else gdcm.TransferSyntax.JPEGLosslessProcess14_1
+    )
     reader, change, writer = gdcm.ImageReader(), gdcm.ImageChangeTransferSyntax(), gdcm.ImageWriter()
     reader.SetFileName(str(path))
     assert reader.Read()
@@ -125,16 +131,29 @@ def test_every_file_bundled_with_pydicom_is_read_or_refused_in_one_short_line(pa
         assert np.isfinite(radiograph.pixels).all()
 
 
-@pytest.mark.parametrize("name", ["MR_small.dcm", "MR_small_RLE.dcm", "MR_small_bigendian.dcm", "MR_small_jp2klossless.dcm", "MR_small_jpeg_ls_lossless.dcm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "MR_small.dcm",
+        "MR_small_RLE.dcm",
+        "MR_small_bigendian.dcm",
+        "MR_small_jp2klossless.dcm",
+        "MR_small_jpeg_ls_lossless.dcm",
+    ],
+)
 def test_all_codings_of_the_bundled_slice_give_pydicoms_own_values(name):
     folder = BUNDLED[0].parent
-    np.testing.assert_array_equal(read_radiograph(folder / name).pixels, pydicom.dcmread(folder / "MR_small.dcm").pixel_array)
+    np.testing.assert_array_equal(
+        read_radiograph(folder / name).pixels, pydicom.dcmread(folder / "MR_small.dcm").pixel_array
+    )
 
 
 def test_the_modality_rescale_is_applied_and_the_patient_is_read():
     path = BUNDLED[0].parent / "CT_small.dcm"
     dataset, radiograph = pydicom.dcmread(path), read_radiograph(path)
-    np.testing.assert_array_equal(radiograph.pixels, dataset.pixel_array * dataset.RescaleSlope + dataset.RescaleIntercept)
+    np.testing.assert_array_equal(
+        radiograph.pixels, dataset.pixel_array * dataset.RescaleSlope + dataset.RescaleIntercept
+    )
     assert radiograph.patient == read_patient(path) == dataset.PatientID
 
 
@@ -154,7 +173,10 @@ def test_a_bundled_file_without_a_usable_image_is_refused_with_its_reason(name, 
         read_radiograph(BUNDLED[0].parent / name)
 
 
-@pytest.mark.parametrize(("bits", "signed"), [(8, False), (10, False), (12, False), (14, False), (16, False), (8, True), (12, True), (16, True)])
+@pytest.mark.parametrize(
+    ("bits", "signed"),
+    [(8, False), (10, False), (12, False), (14, False), (16, False), (8, True), (12, True), (16, True)],
+)
 @pytest.mark.parametrize("syntax", LOSSLESS, ids=lambda syntax: syntax.name)
 def test_lossless_dicom_gives_back_every_value(tmp_path, syntax, bits, signed):
     pixels = noise(bits, signed)
@@ -175,7 +197,9 @@ def test_a_dicom_is_known_by_its_content_not_its_name(tmp_path):
 @pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, RLELossless])
 def test_bits_above_bits_stored_are_ignored(tmp_path, syntax):
     values, overlay = noise(12), (noise(16) & 0xF000).astype(np.uint16)
-    np.testing.assert_array_equal(read_radiograph(write_dicom(tmp_path / "a.dcm", values | overlay, syntax, bits=12)).pixels, values)
+    np.testing.assert_array_equal(
+        read_radiograph(write_dicom(tmp_path / "a.dcm", values | overlay, syntax, bits=12)).pixels, values
+    )
 
 
 def test_bits_above_bits_stored_are_ignored_in_signed_values(tmp_path):
@@ -189,7 +213,9 @@ def test_bits_above_bits_stored_are_ignored_in_signed_values(tmp_path):
 def test_monochrome1_rescales_to_the_negative_of_monochrome2(tmp_path, signed, tags):
     pixels = noise(12, signed)
     bright, dark = (
-        rescale(read_radiograph(write_dicom(tmp_path / f"{name}.dcm", pixels, bits=12, photometric=name, **tags)), 2, 98)
+        rescale(
+            read_radiograph(write_dicom(tmp_path / f"{name}.dcm", pixels, bits=12, photometric=name, **tags)), 2, 98
+        )
         for name in ("MONOCHROME2", "MONOCHROME1")
     )
     np.testing.assert_allclose(dark, -bright, atol=1e-6)
@@ -200,7 +226,9 @@ def test_padding_is_masked_becomes_black_and_leaves_the_percentiles_alone(tmp_pa
     pixels = noise(12)
     pixels[:, :20] = 4095  # beyond whatever the image holds
     pixels[:, 20:] //= 2
-    radiograph = read_radiograph(write_dicom(tmp_path / "a.dcm", pixels, bits=12, photometric=photometric, PixelPaddingValue=4095))
+    radiograph = read_radiograph(
+        write_dicom(tmp_path / "a.dcm", pixels, bits=12, photometric=photometric, PixelPaddingValue=4095)
+    )
     x = rescale(radiograph, 0, 100)
     assert not radiograph.valid[:, :20].any() and radiograph.valid[:, 20:].all()
     assert (x[:, :20] == -1).all() and (x[:, 20:].min(), x[:, 20:].max()) == (-1, 1)
@@ -208,7 +236,9 @@ def test_padding_is_masked_becomes_black_and_leaves_the_percentiles_alone(tmp_pa
 
 def test_a_padding_range_is_masked_to_its_limit(tmp_path):
     pixels = noise(12)
-    radiograph = read_radiograph(write_dicom(tmp_path / "a.dcm", pixels, bits=12, PixelPaddingValue=100, PixelPaddingRangeLimit=500))
+    radiograph = read_radiograph(
+        write_dicom(tmp_path / "a.dcm", pixels, bits=12, PixelPaddingValue=100, PixelPaddingRangeLimit=500)
+    )
     np.testing.assert_array_equal(radiograph.valid, (pixels < 100) | (pixels > 500))
 
 
@@ -234,8 +264,12 @@ def test_rgb_dicom_becomes_luma_and_so_does_ybr(tmp_path):
     rgb = noise(8, channels=(3,))
     luma = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     ybr = cv2.cvtColor(rgb, cv2.COLOR_RGB2YCrCb)[..., [0, 2, 1]]
-    np.testing.assert_allclose(read_radiograph(write_dicom(tmp_path / "a.dcm", rgb, photometric="RGB")).pixels, luma, atol=0.6)
-    np.testing.assert_allclose(read_radiograph(write_dicom(tmp_path / "b.dcm", ybr, photometric="YBR_FULL")).pixels, luma, atol=2)
+    np.testing.assert_allclose(
+        read_radiograph(write_dicom(tmp_path / "a.dcm", rgb, photometric="RGB")).pixels, luma, atol=0.6
+    )
+    np.testing.assert_allclose(
+        read_radiograph(write_dicom(tmp_path / "b.dcm", ybr, photometric="YBR_FULL")).pixels, luma, atol=2
+    )
 
 
 def test_a_modality_lookup_table_is_applied(tmp_path):
@@ -274,7 +308,9 @@ def test_16_bit_pictures_are_not_clipped(tmp_path, suffix):
 def test_16_bit_colour_keeps_all_its_bits_and_ignores_alpha(tmp_path, suffix, channels):
     bgr = noise(12, channels=(channels,))
     assert cv2.imwrite(str(tmp_path / f"a.{suffix}"), bgr)
-    np.testing.assert_allclose(read_radiograph(tmp_path / f"a.{suffix}").pixels, bgr[..., 2::-1] @ [0.299, 0.587, 0.114], rtol=1e-5)
+    np.testing.assert_allclose(
+        read_radiograph(tmp_path / f"a.{suffix}").pixels, bgr[..., 2::-1] @ [0.299, 0.587, 0.114], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -306,7 +342,9 @@ def test_8_bit_pictures_of_every_mode_give_their_grey_levels(tmp_path, suffix, m
         pytest.skip(f"{suffix} has no mode {mode}")
     if mode in ("LA", "RGBA"):
         picture.putalpha(0)
-    np.testing.assert_allclose(read_radiograph(tmp_path / f"a.{suffix}").pixels, np.asarray(picture.convert("L")), atol=4)
+    np.testing.assert_allclose(
+        read_radiograph(tmp_path / f"a.{suffix}").pixels, np.asarray(picture.convert("L")), atol=4
+    )
 
 
 def test_a_tiff_of_several_pages_gives_the_first_and_a_warning(tmp_path):
@@ -386,7 +424,12 @@ def test_radiographs_are_found_by_suffix_or_marker_and_hidden_ones_are_not(tmp_p
         (tmp_path / name).touch()
     for name in ("export", "1.2.840.5", "DICOMDIR"):
         write_dicom(tmp_path / name, noise())
-    assert [path.relative_to(tmp_path).as_posix() for path in find_radiographs(tmp_path)] == ["1.2.840.5", "a/c.dcm", "b.PNG", "export"]
+    assert [path.relative_to(tmp_path).as_posix() for path in find_radiographs(tmp_path)] == [
+        "1.2.840.5",
+        "a/c.dcm",
+        "b.PNG",
+        "export",
+    ]
 
 
 # --- rescale and fit -----------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Synthetic panoramic radiographs with lesions and exact masks, so that the whole pipeline can be tried without a single patient.
 
-    python phantom.py --out ./data/phantom --train 400 --val 60 --test-normal 60 --test-per-lesion 30
+    python -m phantoms.phantom --out ./data/phantom --train 400 --val 60 --test-normal 60 --test-per-lesion 30
 
 Every picture follows from (seed, patient): the patient's anatomy, texture, noise and each lesion have a random stream of their own, so a lesion
 changes nothing but its own pixels. The mask is where the noise-free picture with the lesion differs from the one without by more than
-`MASK_THRESHOLD` grey levels of [0, 1]. Anatomy, coordinates and units are those of `phantom_anatomy.py`. Nothing is copied from a real image.
+`MASK_THRESHOLD` grey levels of [0, 1]. Anatomy, coordinates and units are those of `anatomy.py`. Nothing is copied from a real image.
 """
 
 import csv
@@ -26,7 +26,19 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from config import UsageError
-from phantom_anatomy import MM, Canvas, Patient, Scene, Tooth, apex, draw_anatomy, draw_tooth, outline, sample_patient, tooth_window
+from phantoms.anatomy import (
+    MM,
+    Canvas,
+    Patient,
+    Scene,
+    Tooth,
+    apex,
+    draw_anatomy,
+    draw_tooth,
+    outline,
+    sample_patient,
+    tooth_window,
+)
 
 LESIONS = ("caries", "periapical", "cyst", "impacted", "implant", "bone_loss")
 MASK_THRESHOLD = 0.02
@@ -92,7 +104,14 @@ def copy_scene(scene: Scene) -> Scene:
     return Scene(scene.base, scene.bone.copy(), scene.teeth.copy(), scene.metal.copy())
 
 
-def blob(canvas: Canvas, centre: np.ndarray, radii: tuple[float, float], angle: float = 0.0, edge: float = 0.0, lobes: np.ndarray | None = None) -> np.ndarray:
+def blob(
+    canvas: Canvas,
+    centre: np.ndarray,
+    radii: tuple[float, float],
+    angle: float = 0.0,
+    edge: float = 0.0,
+    lobes: np.ndarray | None = None,
+) -> np.ndarray:
     """Soft ellipse (H, W): 1 inside, falling to 0 over `edge` (never less than a pixel); `lobes` (3,) make it uneven."""
     dx, dy = canvas.x - centre[0], canvas.y - centre[1]
     u, v = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
@@ -103,10 +122,16 @@ def blob(canvas: Canvas, centre: np.ndarray, radii: tuple[float, float], angle: 
     return np.clip(0.5 + (1 - radius) * min(radii) / max(edge, canvas.edge), 0, 1)
 
 
-def draw_caries(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator) -> Scene:
+def draw_caries(
+    patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator
+) -> Scene:
     """A dark notch where two crowns meet, eaten into enamel and dentine."""
     scene = copy_scene(healthy)
-    tooth = choose(rng, [t for t in patient.teeth if 3 <= t.position <= 7 and not t.crowned and t.filling is None] or list(patient.teeth))
+    tooth = choose(
+        rng,
+        [t for t in patient.teeth if 3 <= t.position <= 7 and not t.crowned and t.filling is None]
+        or list(patient.teeth),
+    )
     radius = rng.uniform(0.015, 0.024)
     side = rng.choice([-1, 1]) * (tooth.half_width - 0.35 * radius)
     centre, radii = tooth.at(rng.uniform(0.35, 0.65) * tooth.crown, side), (radius, rng.uniform(0.8, 1.3) * radius)
@@ -117,18 +142,24 @@ def draw_caries(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random
     return scene
 
 
-def draw_periapical(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator) -> Scene:
+def draw_periapical(
+    patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator
+) -> Scene:
     """A dark round patch with a fuzzy border around a root tip."""
     scene = copy_scene(healthy)
     tooth = choose(rng, [t for t in patient.teeth if t.position <= 7])
     centre = apex(tooth, rng.integers(len(tooth.roots)))
     radius = rng.uniform(0.026, 0.042)
-    patch = blob(canvas, centre, (radius, radius * rng.uniform(0.85, 1.2)), rng.uniform(0, 3), 0.022, rng.normal(0, 0.05, 3))
+    patch = blob(
+        canvas, centre, (radius, radius * rng.uniform(0.85, 1.2)), rng.uniform(0, 3), 0.022, rng.normal(0, 0.05, 3)
+    )
     scene.bone -= patch * (rng.uniform(0.55, 0.8) * scene.bone.clip(0) + rng.uniform(0.09, 0.14))
     return scene
 
 
-def draw_cyst(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator) -> Scene:
+def draw_cyst(
+    patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator
+) -> Scene:
     """A large dark oval with a thin bright rim in the body or the angle of the lower jaw."""
     scene = copy_scene(healthy)
     side, radii = rng.choice([-1, 1]), rng.uniform((0.075, 0.062), (0.115, 0.085))
@@ -142,7 +173,9 @@ def draw_cyst(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.G
     return scene
 
 
-def draw_impacted(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator) -> Scene:
+def draw_impacted(
+    patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator
+) -> Scene:
     """A whole tooth lying across the bone: a third molar behind its neighbour, or another tooth below or above the row."""
     scene = copy_scene(healthy)
     free = [t for t in patient.missing if t.position == 8 and not t.upper]
@@ -156,15 +189,27 @@ def draw_impacted(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.rand
         turn = rng.choice([-1, 1]) * rng.uniform(1.0, 1.45)
         middle = model.at(model.crown + model.root + 0.035, 0.0)
         start = replace(model, angle=turn)
-        start = replace(start, x=middle[0] - start.axis[0] * 0.5 * (model.crown + model.root), y=middle[1] - start.axis[1] * 0.5 * (model.crown + model.root))
+        start = replace(
+            start,
+            x=middle[0] - start.axis[0] * 0.5 * (model.crown + model.root),
+            y=middle[1] - start.axis[1] * 0.5 * (model.crown + model.root),
+        )
     tooth = replace(start, filling=None, crowned=False, root_filled=False)
-    follicle = blob(canvas, tooth.at(0.45 * tooth.crown, 0), (tooth.half_width + 0.011, tooth.crown * 0.62 + 0.008), tooth.angle, 0.008)
+    follicle = blob(
+        canvas,
+        tooth.at(0.45 * tooth.crown, 0),
+        (tooth.half_width + 0.011, tooth.crown * 0.62 + 0.008),
+        tooth.angle,
+        0.008,
+    )
     scene.bone -= follicle * 0.4 * scene.bone.clip(0)
     draw_tooth(scene, canvas, patient, tooth)
     return scene
 
 
-def draw_implant(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator) -> Scene:
+def draw_implant(
+    patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator
+) -> Scene:
     """A threaded screw where a tooth is missing (or takes its place), with or without a crown."""
     sites = [t for t in patient.missing if t.position <= 7]
     tooth = choose(rng, sites or [t for t in patient.teeth if 3 < t.position <= 7])
@@ -175,16 +220,22 @@ def draw_implant(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.rando
     neck, length, half = tooth.crown, rng.uniform(0.085, 0.11), rng.uniform(0.014, 0.019)
     along = np.clip((depth - neck) / length, 0, 1)
     thread = 0.003 * np.abs(np.sin(np.pi * (depth - neck) / (2 * MM)))
-    screw = np.minimum(half * (1 - 0.35 * along**2) + thread - np.abs(side), np.minimum(depth - neck + 0.004, neck + length - depth))
+    screw = np.minimum(
+        half * (1 - 0.35 * along**2) + thread - np.abs(side), np.minimum(depth - neck + 0.004, neck + length - depth)
+    )
     metal = 1.3 * canvas.soft(screw)
     if rng.random() < 0.6:
         abutment = np.minimum(0.75 * half - np.abs(side), np.minimum(depth - 0.4 * tooth.crown, neck + 0.01 - depth))
-        metal = np.maximum(metal, np.maximum(1.1 * canvas.soft(abutment), 0.8 * canvas.soft(outline(tooth, depth, side)[1])))
+        metal = np.maximum(
+            metal, np.maximum(1.1 * canvas.soft(abutment), 0.8 * canvas.soft(outline(tooth, depth, side)[1]))
+        )
     scene.metal[box] = np.maximum(scene.metal[box], metal)
     return scene
 
 
-def draw_bone_loss(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator) -> Scene:
+def draw_bone_loss(
+    patient: Patient, canvas: Canvas, healthy: Scene, rng: np.random.Generator, texture: np.random.Generator
+) -> Scene:
     """The alveolar crest withdrawn along several neighbouring teeth: the bone between their roots is gone."""
     scene = copy_scene(healthy)
     tooth = choose(rng, [t for t in patient.teeth if 2 <= t.position <= 7])
@@ -198,28 +249,56 @@ def draw_bone_loss(patient: Patient, canvas: Canvas, healthy: Scene, rng: np.ran
     return scene
 
 
-DRAW = dict(zip(LESIONS, (draw_caries, draw_periapical, draw_cyst, draw_impacted, draw_implant, draw_bone_loss), strict=True))
+DRAW = dict(
+    zip(LESIONS, (draw_caries, draw_periapical, draw_cyst, draw_impacted, draw_implant, draw_bone_loss), strict=True)
+)
 
 
 def write_dicom(path: str | Path, phantom: Phantom) -> None:
     """Write a 12-bit MONOCHROME2 panoramic radiograph (modality PX); the same phantom gives the same bytes."""
     pixels = np.round(phantom.image * 4095).astype("<u2")
     rows, columns = pixels.shape
-    uids = [generate_uid(entropy_srcs=[kind, phantom.patient, pixels.tobytes().hex()]) for kind in ("study", "series", "instance")]
+    uids = [
+        generate_uid(entropy_srcs=[kind, phantom.patient, pixels.tobytes().hex()])
+        for kind in ("study", "series", "instance")
+    ]
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = DigitalXRayImageStorageForPresentation, uids[2]
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.ImplementationClassUID = generate_uid(entropy_srcs=["dental normalizer phantom"])
     data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    data.SOPClassUID, data.StudyInstanceUID, data.SeriesInstanceUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, *uids
+    data.SOPClassUID, data.StudyInstanceUID, data.SeriesInstanceUID, data.SOPInstanceUID = (
+        meta.MediaStorageSOPClassUID,
+        *uids,
+    )
     data.Modality, data.PresentationIntentType, data.ImageType = "PX", "FOR PRESENTATION", ["DERIVED", "PRIMARY", ""]
     data.PatientName, data.PatientID, data.PatientBirthDate, data.PatientSex = phantom.patient, phantom.patient, "", ""
-    data.StudyDate, data.StudyTime, data.StudyID, data.SeriesNumber, data.InstanceNumber, data.AccessionNumber = "", "", "1", 1, 1, ""
-    data.Manufacturer, data.ReferringPhysicianName, data.BodyPartExamined, data.PatientOrientation = "Phantom", "", "JAW", ["L", "F"]
+    data.StudyDate, data.StudyTime, data.StudyID, data.SeriesNumber, data.InstanceNumber, data.AccessionNumber = (
+        "",
+        "",
+        "1",
+        1,
+        1,
+        "",
+    )
+    data.Manufacturer, data.ReferringPhysicianName, data.BodyPartExamined, data.PatientOrientation = (
+        "Phantom",
+        "",
+        "JAW",
+        ["L", "F"],
+    )
     data.Rows, data.Columns, data.SamplesPerPixel, data.PhotometricInterpretation = rows, columns, 1, "MONOCHROME2"
     data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 12, 11, 0
-    data.PixelSpacing = data.ImagerPixelSpacing = [f"{DETECTOR_HEIGHT / rows:.6f}", f"{2 * DETECTOR_HEIGHT / columns:.6f}"]
-    data.WindowCenter, data.WindowWidth, data.PixelIntensityRelationship, data.PixelIntensityRelationshipSign = 2047.5, 4096, "LOG", 1
+    data.PixelSpacing = data.ImagerPixelSpacing = [
+        f"{DETECTOR_HEIGHT / rows:.6f}",
+        f"{2 * DETECTOR_HEIGHT / columns:.6f}",
+    ]
+    data.WindowCenter, data.WindowWidth, data.PixelIntensityRelationship, data.PixelIntensityRelationshipSign = (
+        2047.5,
+        4096,
+        "LOG",
+        1,
+    )
     data.RescaleIntercept, data.RescaleSlope, data.RescaleType, data.PresentationLUTShape = 0, 1, "US", "IDENTITY"
     data.PixelData = pixels.tobytes()
     data.save_as(path, enforce_file_format=True)
@@ -254,7 +333,9 @@ def write_dataset(out: str | Path, train: int, val: int, test_normal: int, test_
     return manifest
 
 
-def _write_one(out: Path, seed: int, height: int, width: int, file_format: str, item: tuple[str, int, int, str | None]) -> list[str | int]:
+def _write_one(
+    out: Path, seed: int, height: int, width: int, file_format: str, item: tuple[str, int, int, str | None]
+) -> list[str | int]:
     """Draw and write one line of the manifest."""
     split, index, patient, lesion = item
     phantom = draw_phantom(seed, patient, lesion, height, width)
@@ -289,7 +370,9 @@ def main(
         workers: processes; all cores unless told
     """
     try:
-        manifest = write_dataset(out, train, val, test_normal, test_per_lesion, seed, height, width, file_format, workers)
+        manifest = write_dataset(
+            out, train, val, test_normal, test_per_lesion, seed, height, width, file_format, workers
+        )
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

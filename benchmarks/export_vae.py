@@ -1,4 +1,4 @@
-"""Write the VAE of a phase-1 checkpoint as a diffusers folder in float16: python assets/export_vae.py CHECKPOINT FOLDER
+"""Write the VAE of a phase-1 checkpoint as a diffusers folder in float16: python benchmarks/export_vae.py CHECKPOINT FOLDER
 
 The folder can be given as vae.pretrained, or loaded with AutoencoderKL.from_pretrained. assets/phantom_vae was written by this.
 """
@@ -10,8 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from files import load_checkpoint
 from model import rebuild_vae
-from runtime import load_checkpoint, run_script
+from runtime import run_script
 
 
 def main() -> None:

@@ -25,7 +25,11 @@ from numpy.typing import ArrayLike, NDArray
 
 DPI = 100
 GREY, SIGNED, HEAT = "gray", "RdBu_r", "magma"  # RdBu_r: red where x is brighter than G(x)
-OUTLINE = {"color": "#00e5ff", "linewidth": 1.2, "path_effects": [withStroke(linewidth=2.6, foreground="black")]}  # cyan, seen on black and white
+OUTLINE = {
+    "color": "#00e5ff",
+    "linewidth": 1.2,
+    "path_effects": [withStroke(linewidth=2.6, foreground="black")],
+}  # cyan, seen on black and white
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 
 
@@ -41,7 +45,9 @@ class ColourScale:
     def __post_init__(self):
         for name, value in vars(self).items():
             if not (np.isfinite(value) and value > 0):
-                raise ValueError(f"the colour scale of {name} must be finite and above 0, got {value}: take a high percentile over validation normals")
+                raise ValueError(
+                    f"the colour scale of {name} must be finite and above 0, got {value}: take a high percentile over validation normals"
+                )
 
 
 def save_result(
@@ -62,7 +68,9 @@ def save_result(
     images = [np.asarray(image, dtype=np.float32) for image in (original, normalized, l1, gradient, anomaly_map)]
     shapes = {image.shape for image in images} | ({np.shape(mask)} if mask is not None else set())
     if len(shapes) != 1 or images[0].ndim != 2:
-        raise ValueError(f"a result needs 2-D images of one size, got {sorted(shapes)}: resize them to the model's input first")
+        raise ValueError(
+            f"a result needs 2-D images of one size, got {sorted(shapes)}: resize them to the model's input first"
+        )
     figure = _result_figure(images[0].shape)
     figure.update(images, title, scale, mask)
     _write_png(path, figure.figure)
@@ -71,8 +79,22 @@ def save_result(
 class _ResultFigure:
     """The six panels for one image shape, built once: a new matplotlib figure costs more than to draw it."""
 
-    TITLES = ("original  x", "normalized  G(x)", "residual  x \N{MINUS SIGN} G(x)", "L1 component", "gradient component", "final anomaly map")
-    LABELS = ("grey level", "grey level", "x \N{MINUS SIGN} G(x)", "|x \N{MINUS SIGN} G(x)|", "|\N{NABLA}x \N{MINUS SIGN} \N{NABLA}G(x)|", "anomaly")
+    TITLES = (
+        "original  x",
+        "normalized  G(x)",
+        "residual  x \N{MINUS SIGN} G(x)",
+        "L1 component",
+        "gradient component",
+        "final anomaly map",
+    )
+    LABELS = (
+        "grey level",
+        "grey level",
+        "x \N{MINUS SIGN} G(x)",
+        "|x \N{MINUS SIGN} G(x)|",
+        "|\N{NABLA}x \N{MINUS SIGN} \N{NABLA}G(x)|",
+        "anomaly",
+    )
 
     def __init__(self, shape: tuple[int, int]):
         # In pixels: the longer side of a panel is at least 406 (1500 for the figure) and, up to 640, no smaller than the image.
@@ -80,12 +102,23 @@ class _ResultFigure:
         self.height, self.width = (max(round(longer * side / max(shape)), 96) for side in shape)
         self.size = (12 + 3 * (self.width + 90), 46 + 2 * (self.height + 36))
         self.figure = Figure(figsize=(self.size[0] / DPI, self.size[1] / DPI), dpi=DPI)
-        self.title = self.figure.text(12 / self.size[0], 1 - 12 / self.size[1], "", fontsize=12.5, weight="bold", va="top")
+        self.title = self.figure.text(
+            12 / self.size[0], 1 - 12 / self.size[1], "", fontsize=12.5, weight="bold", va="top"
+        )
         self.panels = [self._panel(i, shape) for i in range(6)]
         self.outlines = [self.panels[i].axes.add_collection(LineCollection([], **OUTLINE)) for i in (0, 5)]
-        entry = Line2D([], [], label="ground-truth lesion", color=OUTLINE["color"], linewidth=3, path_effects=[withStroke(linewidth=5, foreground="black")])
+        entry = Line2D(
+            [],
+            [],
+            label="ground-truth lesion",
+            color=OUTLINE["color"],
+            linewidth=3,
+            path_effects=[withStroke(linewidth=5, foreground="black")],
+        )
         corner = (1 - 8 / self.size[0], 1 - 4 / self.size[1])
-        self.legend = self.figure.legend(handles=[entry], loc="upper right", bbox_to_anchor=corner, fontsize=11, frameon=False)
+        self.legend = self.figure.legend(
+            handles=[entry], loc="upper right", bbox_to_anchor=corner, fontsize=11, frameon=False
+        )
 
     def _panel(self, index: int, shape: tuple[int, int]) -> AxesImage:
         row, column = divmod(index, 3)
@@ -95,17 +128,31 @@ class _ResultFigure:
         axes.set(xticks=[], yticks=[])
         colours = (GREY, GREY, SIGNED, HEAT, HEAT, HEAT)[index]
         image = axes.imshow(np.zeros(shape, dtype=np.float32), cmap=colours, vmin=-1, vmax=1, aspect="auto")
-        bar = self.figure.colorbar(image, cax=self._axes(left + self.width + 6, bottom, 11), ticks=MaxNLocator(5, steps=[1, 2, 5, 10]), format="{x:g}")
+        bar = self.figure.colorbar(
+            image,
+            cax=self._axes(left + self.width + 6, bottom, 11),
+            ticks=MaxNLocator(5, steps=[1, 2, 5, 10]),
+            format="{x:g}",
+        )
         bar.ax.tick_params(labelsize=8, length=2.5, pad=2)
         bar.ax.set_ylabel(self.LABELS[index], fontsize=9, labelpad=2)
         return image
 
     def _axes(self, left: float, bottom: float, width: float) -> Axes:
-        return self.figure.add_axes((left / self.size[0], bottom / self.size[1], width / self.size[0], self.height / self.size[1]))
+        return self.figure.add_axes(
+            (left / self.size[0], bottom / self.size[1], width / self.size[0], self.height / self.size[1])
+        )
 
     def update(self, images: Sequence[NDArray], title: str, scale: ColourScale, mask: ArrayLike | None) -> None:
         x, normalized, *components = images
-        limits = ((-1, 1), (-1, 1), (-scale.residual, scale.residual), (0, scale.l1), (0, scale.gradient), (0, scale.anomaly_map))
+        limits = (
+            (-1, 1),
+            (-1, 1),
+            (-scale.residual, scale.residual),
+            (0, scale.l1),
+            (0, scale.gradient),
+            (0, scale.anomaly_map),
+        )
         for panel, image, limit in zip(self.panels, (x, normalized, x - normalized, *components), limits, strict=True):
             panel.set_data(image)
             panel.set_clim(*limit)
@@ -125,7 +172,11 @@ def _outline(mask: ArrayLike) -> list[NDArray]:
 
 
 def save_grid(
-    path: str | Path, rows: Sequence[tuple[str, ArrayLike]], titles: Sequence[str] | None = None, columns: int = 8, signed: Collection[str] = ()
+    path: str | Path,
+    rows: Sequence[tuple[str, ArrayLike]],
+    titles: Sequence[str] | None = None,
+    columns: int = 8,
+    signed: Collection[str] = (),
 ) -> None:
     """Labelled rows of images: each row is (label, (N, H, W)), grey from -1 to 1; more than `columns` images go on below, all rows together.
 
@@ -135,7 +186,9 @@ def save_grid(
     arrays = [(label, np.asarray(images, dtype=np.float32)) for label, images in rows]
     shapes = {images.shape for _, images in arrays}
     if len(shapes) != 1 or min(*next(iter(shapes)), 1) < 1 or arrays[0][1].ndim != 3:
-        raise ValueError(f"a grid needs rows of one shape (N, H, W) with N >= 1, got {sorted(shapes)}: give every row the same images")
+        raise ValueError(
+            f"a grid needs rows of one shape (N, H, W) with N >= 1, got {sorted(shapes)}: give every row the same images"
+        )
     count, height, width = arrays[0][1].shape
     columns, blocks = min(columns, count), -(-count // columns)
     # In pixels, y pointing down: cells of 180 on the longer side, a margin as wide as the longest label.
@@ -150,9 +203,14 @@ def save_grid(
         limit = max(float(np.percentile(np.abs(images), 99.9)), 1e-6) if label in signed else 1.0
         text = f"{label}\n\N{PLUS-MINUS SIGN}{limit:.2g}\nred: > 0" if label in signed else label
         for i, image in enumerate(images):
-            left, top = margin + i % columns * (cell_width + 4), i // columns * block + r * (cell_height + 4) + (22 if titles else 4)
+            left, top = (
+                margin + i % columns * (cell_width + 4),
+                i // columns * block + r * (cell_height + 4) + (22 if titles else 4),
+            )
             extent = (left, left + cell_width, top + cell_height, top)
-            axes.imshow(image, cmap=SIGNED if label in signed else GREY, vmin=-limit, vmax=limit, extent=extent, aspect="auto")
+            axes.imshow(
+                image, cmap=SIGNED if label in signed else GREY, vmin=-limit, vmax=limit, extent=extent, aspect="auto"
+            )
             if titles and r == 0:
                 axes.text(left + cell_width / 2, top - 4, titles[i], ha="center", va="bottom", fontsize=9)
             if i % columns == 0:
@@ -167,7 +225,9 @@ def save_curves(path: str | Path, series: Mapping[str, tuple[ArrayLike, ArrayLik
     The legend gives each curve's last value. Values that are not finite are left out, and curves that are 0 throughout are only named.
     """
     if len(series) > len(OKABE_ITO):
-        raise ValueError(f"{len(series)} curves in one figure cannot be told apart: split them into figures of at most {len(OKABE_ITO)}")
+        raise ValueError(
+            f"{len(series)} curves in one figure cannot be told apart: split them into figures of at most {len(OKABE_ITO)}"
+        )
     figure = Figure(figsize=(10, 5), dpi=DPI)
     axes = figure.add_axes((0.08, 0.11, 0.64, 0.8))
     lowest = np.inf
@@ -176,7 +236,14 @@ def save_curves(path: str | Path, series: Mapping[str, tuple[ArrayLike, ArrayLik
         steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
         zero = not np.any(values)
         label = f"{name}  ({'no values' if len(values) == 0 else '0' if zero else f'last {values[-1]:.3g}'})"
-        axes.plot(*([], []) if zero else (steps, values), color=colour, linewidth=1.6, marker="o" if len(values) < 30 else None, markersize=3, label=label)
+        axes.plot(
+            *([], []) if zero else (steps, values),
+            color=colour,
+            linewidth=1.6,
+            marker="o" if len(values) < 30 else None,
+            markersize=3,
+            label=label,
+        )
         lowest = lowest if zero else min(lowest, values.min())
     if 0 < lowest < np.inf:
         axes.set_yscale("log")

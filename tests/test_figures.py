@@ -4,18 +4,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import plotting
+from reporting import figures
 
-SCALE = plotting.ColourScale(residual=0.5, l1=0.5, gradient=0.2, anomaly_map=1.0)
+SCALE = figures.ColourScale(residual=0.5, l1=0.5, gradient=0.2, anomaly_map=1.0)
 
 
 @pytest.fixture
 def draw(tmp_path):
     """Draws a result of uniform grey 0 against `normalized`; gives the path of the PNG."""
 
-    def draw(name="result.png", normalized=0.0, anomaly=0.0, mask=None, shape=(32, 32), title="image 003 | score 0.123"):
+    def draw(
+        name="result.png", normalized=0.0, anomaly=0.0, mask=None, shape=(32, 32), title="image 003 | score 0.123"
+    ):
         x, heat = np.zeros(shape), np.full(shape, anomaly)
-        plotting.save_result(tmp_path / name, x, np.full(shape, normalized), heat, heat, heat, title, SCALE, mask)
+        figures.save_result(tmp_path / name, x, np.full(shape, normalized), heat, heat, heat, title, SCALE, mask)
         return tmp_path / name
 
     return draw
@@ -47,7 +49,7 @@ def test_residual_is_white_at_zero_red_where_x_is_brighter_and_blue_where_it_is_
 def test_equal_values_have_equal_colours_whatever_else_is_in_the_image(tmp_path, draw):
     bright = np.full((32, 32), 0.5)
     bright[:4, :4] = 100
-    plotting.save_result(tmp_path / "outlier.png", bright, bright, bright, bright, bright, "", SCALE)
+    figures.save_result(tmp_path / "outlier.png", bright, bright, bright, bright, bright, "", SCALE)
     assert (panel_centre(tmp_path / "outlier.png", 1, 2) == panel_centre(draw(anomaly=0.5), 1, 2)).all()
 
 
@@ -67,7 +69,7 @@ def test_a_figure_does_not_remember_the_image_before(draw):
 
 
 def test_an_outline_is_closed_also_where_the_mask_touches_the_edge():
-    (line,) = plotting._outline(np.ones((4, 6), dtype=bool))
+    (line,) = figures._outline(np.ones((4, 6), dtype=bool))
     assert (line[0] == line[-1]).all()
     assert (line.min(axis=0) == -0.5).all() and (line.max(axis=0) == [5.5, 3.5]).all()  # the outer border of the pixels
 
@@ -89,7 +91,7 @@ def test_a_png_holds_nothing_but_the_picture(draw, tmp_path):
 def test_a_failed_write_leaves_the_old_picture(draw, monkeypatch):
     path = draw()
     before = path.read_bytes()
-    monkeypatch.setattr(plotting.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(figures.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         draw(anomaly=1.0)
     assert path.read_bytes() == before
@@ -99,28 +101,34 @@ def test_sizes_that_differ_and_scales_without_a_width_are_refused(draw):
     with pytest.raises(ValueError, match="of one size"):
         draw(mask=np.ones((8, 8), dtype=bool))
     with pytest.raises(ValueError, match="colour scale of l1"):
-        plotting.ColourScale(residual=1, l1=0, gradient=1, anomaly_map=1)
+        figures.ColourScale(residual=1, l1=0, gradient=1, anomaly_map=1)
 
 
 def test_a_grid_continues_below_and_takes_a_residual_of_zero(tmp_path):
     images = np.zeros((5, 20, 40))
     for columns in (5, 3):
-        plotting.save_grid(tmp_path / f"{columns}.png", [("x", images), ("residual", images)], titles=list("abcde"), columns=columns, signed=["residual"])
+        figures.save_grid(
+            tmp_path / f"{columns}.png",
+            [("x", images), ("residual", images)],
+            titles=list("abcde"),
+            columns=columns,
+            signed=["residual"],
+        )
     one, two = (Image.open(tmp_path / f"{columns}.png").size for columns in (5, 3))
     assert two[0] < one[0] and two[1] == pytest.approx(2 * one[1], abs=8)
 
 
 def test_a_grid_of_unequal_rows_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rows of one shape"):
-        plotting.save_grid(tmp_path / "grid.png", [("x", np.zeros((3, 8, 8))), ("G(x)", np.zeros((2, 8, 8)))])
+        figures.save_grid(tmp_path / "grid.png", [("x", np.zeros((3, 8, 8))), ("G(x)", np.zeros((2, 8, 8)))])
 
 
 @pytest.mark.parametrize("values", [[3.0, 2.0, 1.0], [0.0, 0.0, 0.0], [1.0, -1.0, np.nan], []])
 def test_curves_of_any_values_are_drawn(tmp_path, values):
-    plotting.save_curves(tmp_path / "curves.png", {"loss": (range(len(values)), values)}, "phase 1")
+    figures.save_curves(tmp_path / "curves.png", {"loss": (range(len(values)), values)}, "phase 1")
     assert Image.open(tmp_path / "curves.png").size == (1000, 500)
 
 
 def test_more_curves_than_colours_are_refused(tmp_path):
     with pytest.raises(ValueError, match="split them"):
-        plotting.save_curves(tmp_path / "curves.png", {str(i): ([0], [1]) for i in range(9)}, "too many")
+        figures.save_curves(tmp_path / "curves.png", {str(i): ([0], [1]) for i in range(9)}, "too many")

@@ -1,0 +1,1 @@
+"""Synthetic radiographs with lesions and exact masks: python -m phantoms.phantom."""
