@@ -1,16 +1,23 @@
-"""Every number of the pipeline: one frozen dataclass per phase, three presets, and the command line made from them.
+"""Every number of the pipeline: one frozen dataclass per phase. presets.py has what the presets change.
 
 Edit a default here, or override any field when running a script:
 
     python train_vae.py --preset cpu --data.root ./data --vae.lr 1e-4
 
-Importing this file is cheap: it loads no torch.
+Importing this file is cheap: it loads no torch. Lengths in an image are shares of its height, so that they mean the same
+at every resolution: 0.004 is one pixel at 256.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
+PREPROCESSING = ("height", "width", "fit", "percentile_low", "percentile_high")  # of DataConfig: how a file becomes x
+SPLIT = ("patient_from", "val_share", "test_share", "split_seed")  # of DataConfig: who trains, validates and tests
+Solver = Literal[
+    "one_step", "euler", "heun", "ddim"
+]  # how G walks back: ddim by the diffusion head, the others by the flow head
 
 
 class UsageError(Exception):
@@ -27,29 +34,39 @@ def _require_range(name: str, value: float, low: float, high: float = math.inf) 
     _require(math.isfinite(value) and low <= value <= high, f"{name} must be at least {low:g}{upper}, got {value}")
 
 
+def _require_ranges(phase: str, config: object, names: tuple[str, ...], low: float, high: float = math.inf) -> None:
+    for name in names:
+        _require_range(f"{phase}.{name}", getattr(config, name), low, high)
+
+
+def _require_positive(phase: str, config: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(math.isfinite(value) and value > 0, f"{phase}.{name} must be above 0, got {value}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the radiographs are and how a file becomes x in [-1, 1]."""
 
-    root: str = "./data"  # normal radiographs: a folder (searched recursively) or a manifest.csv (image, and where known split, label, kind, mask, patient)
+    # normal radiographs: a folder (searched recursively) or a manifest.csv: image, split, label, kind, mask, patient
+    root: str = "./data"
     test: str = ""  # what phase 4 examines: a folder or a manifest.csv; empty takes the test split of root
     height: int = 256  # model input in pixels; a multiple of 8 x 2^(UNet levels - 1)
     width: int = 256  # rectangles work: 256 x 512 is the natural shape of a panoramic
-    fit: Literal["stretch", "pad"] = (
-        "stretch"  # stretch squashes to height x width; pad keeps the aspect ratio and fills with black
-    )
+    fit: Literal["stretch", "pad"] = "stretch"  # stretch squashes; pad keeps the aspect ratio and fills with black
     percentile_low: float = 0.1  # intensities at or below this percentile become -1
     percentile_high: float = 99.9  # intensities at or above this percentile become +1; 99.5 if metal darkens the rest
+    # whose a file is where no DICOM header or manifest says: its folder's, or its own; auto looks at the folders
+    patient_from: Literal["auto", "folder", "file"] = "auto"
     val_share: float = 0.15  # share of patients held out for validation where no split is given
     test_share: float = 0.15  # share of normal patients held out for testing where a manifest has labels but no split
-    max_bad_share: float = (
-        0.05  # a run stops if more than this share of the files cannot be read; fewer go to skipped_files.csv
-    )
+    split_seed: int = 0  # another number, another split; runtime.seed leaves the split alone
+    max_bad_share: float = 0.05  # a run stops if more files cannot be read; fewer are listed in skipped_files.csv
     cache_gb: float = 4.0  # decoded images kept in memory up to this size; 0 reads every file anew each epoch
     num_workers: int = 4  # loader processes; 0 loads in the main process
-    flip: bool = (
-        False  # mirror left-right at random; doubles the data, but left and right then mean nothing to the model
-    )
+    # mirror left-right at random; doubles the data, but left and right then mean nothing to the model
+    flip: bool = False
     rotate_degrees: float = 3.0  # augmentation: random rotation up to this angle; 0 switches it off
     shift_share: float = 0.02  # augmentation: random shift up to this share of the image size
     scale_share: float = 0.05  # augmentation: random zoom in [1 - s, 1 + s]
@@ -59,26 +76,33 @@ class DataConfig:
     noise_std: float = 0.01  # augmentation: Gaussian noise up to this standard deviation, in units of [-1, 1]
 
     def __post_init__(self):
-        _require(
-            self.height > 0 and self.width > 0,
-            f"data.height and data.width must be positive, got {self.height} x {self.width}",
-        )
+        size = f"{self.height} x {self.width}"
+        _require(min(self.height, self.width) > 0, f"data.height and data.width must be positive, got {size}")
         ordered = 0 <= self.percentile_low < self.percentile_high <= 100
         _require(ordered, "data.percentile_low must lie below data.percentile_high, both in [0, 100]")
-        for name in ("val_share", "test_share"):
-            _require_range(f"data.{name}", getattr(self, name), 0, 0.9)
+        _require_ranges("data", self, ("val_share", "test_share"), 0, 0.9)
         _require_range("data.max_bad_share", self.max_bad_share, 0, 1)
-        for name in ("cache_gb", "num_workers", "rotate_degrees", "brightness", "noise_std"):
-            _require_range(f"data.{name}", getattr(self, name), 0)
-        for name in ("shift_share", "scale_share", "contrast", "gamma"):
-            _require_range(f"data.{name}", getattr(self, name), 0, 0.9)
+        _require_range("data.split_seed", self.split_seed, 0, 2**31 - 1)
+        _require_ranges("data", self, ("cache_gb", "num_workers", "rotate_degrees", "brightness", "noise_std"), 0)
+        _require_ranges("data", self, ("shift_share", "scale_share", "contrast", "gamma"), 0, 0.9)
+
+    @property
+    def preprocessing(self) -> dict:
+        """How a file becomes x, as an artefact hands it on."""
+        return {name: getattr(self, name) for name in PREPROCESSING}
+
+    @property
+    def split(self) -> dict:
+        """The rule that says who trains, validates and tests, as an artefact hands it on."""
+        return {name: getattr(self, name) for name in SPLIT}
 
 
 @dataclass(frozen=True)
 class VAEConfig:
     """Phase 1, train_vae.py: fine-tune a pretrained VAE on normal radiographs."""
 
-    pretrained: str = "stabilityai/sd-vae-ft-mse"  # a hub name, a local diffusers folder (AutoencoderKL or AutoencoderTiny), or "scratch"
+    # a hub name, a local diffusers folder (AutoencoderKL or AutoencoderTiny), or "scratch"
+    pretrained: str = "stabilityai/sd-vae-ft-mse"
     freeze_encoder: bool = True  # train the decoder only: the latent space stays the pretrained one; False trains both
     lambda_pix: float = 1.0  # weight of the L1 pixel error; more: closer grey levels
     lambda_grad: float = 0.5  # weight of the gradient error; more: sharper edges
@@ -93,34 +117,19 @@ class VAEConfig:
     grad_clip: float = 1.0  # largest gradient norm
     validate_every: int = 500  # steps between validations; each writes a PNG grid
     log_every: int = 50  # steps between log lines
-    scratch_channels: tuple[int, ...] = (
-        32,
-        64,
-        64,
-        64,
-    )  # "scratch" only: channels per level; each level but the last halves the image
+    # "scratch" only: channels per level; each level but the last halves the image
+    scratch_channels: tuple[int, ...] = (32, 64, 64, 64)
     scratch_latent_channels: int = 4  # "scratch" only: channels of the latent
     output: str = "./outputs/phase1_vae"  # checkpoints, log.csv, validation grids
 
     def __post_init__(self):
-        for name in (
-            "lambda_pix",
-            "lambda_grad",
-            "lambda_hf",
-            "lambda_ssim",
-            "beta_kl",
-            "weight_decay",
-            "lr_warmup_steps",
-        ):
-            _require_range(f"vae.{name}", getattr(self, name), 0)
-        _require(
-            self.lambda_pix + self.lambda_grad + self.lambda_hf + self.lambda_ssim > 0,
-            "vae: at least one reconstruction weight must be above 0",
-        )
-        for name in ("lr", "grad_clip"):
-            _require(getattr(self, name) > 0, f"vae.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("batch_size", "steps", "validate_every", "log_every", "scratch_latent_channels"):
-            _require_range(f"vae.{name}", getattr(self, name), 1)
+        weights = ("lambda_pix", "lambda_grad", "lambda_hf", "lambda_ssim")
+        _require_ranges("vae", self, (*weights, "beta_kl", "weight_decay", "lr_warmup_steps"), 0)
+        some = any(getattr(self, name) > 0 for name in weights)
+        _require(some, "vae: at least one reconstruction weight must be above 0")
+        _require_positive("vae", self, ("lr", "grad_clip"))
+        counts = ("batch_size", "steps", "validate_every", "log_every", "scratch_latent_channels")
+        _require_ranges("vae", self, counts, 1)
         _require(
             self.pretrained != "", 'vae.pretrained is empty: give a hub name, a local diffusers folder, or "scratch"'
         )
@@ -132,18 +141,16 @@ class LatentConfig:
 
     vae_checkpoint: str = "./outputs/phase1_vae/checkpoint_best.pt"  # the VAE of phase 1
     batch_size: int = 16  # images encoded at once
-    augmented_copies: int = (
-        4  # augmented latents per training image beside the plain one; useful below some thousand images
-    )
-    outlier_std: float = (
-        8.0  # a latent whose mean or spread lies this many robust deviations out is named as a likely bad file
-    )
+    # augmented latents per training image beside the plain one; useful below some thousand images
+    augmented_copies: int = 4
+    # a latent whose mean or spread lies this many robust deviations out is named as a likely bad file
+    outlier_std: float = 8.0
     output: str = "./outputs/phase2_latents"  # latents_{train,val}.npy and .pkl, latents.json
 
     def __post_init__(self):
         _require_range("latent.batch_size", self.batch_size, 1)
         _require_range("latent.augmented_copies", self.augmented_copies, 0)
-        _require(self.outlier_std > 0, f"latent.outlier_std must be above 0, got {self.outlier_std}")
+        _require_positive("latent", self, ("outlier_std",))
 
 
 @dataclass(frozen=True)
@@ -158,21 +165,17 @@ class UNetConfig:
     dropout: float = 0.0  # dropout in the residual blocks; 0.1 helps on a few hundred images
 
     def __post_init__(self):
-        _require(len(self.channels) >= 1, "unet.channels must name at least one level")
-        _require(
-            len(self.channels) == len(self.attention),
-            f"unet.attention needs one entry per level: {len(self.channels)}, got {len(self.attention)}",
-        )
+        levels = len(self.channels)
+        _require(levels >= 1, "unet.channels must name at least one level")
+        entries = len(self.attention)
+        _require(levels == entries, f"unet.attention needs {levels} entries, one per level, got {entries}")
+        _require_ranges("unet", self, ("layers_per_block", "norm_groups", "attention_head_dim"), 1)
         for channels, attends in zip(self.channels, self.attention, strict=True):
-            _require(
-                channels > 0 and channels % self.norm_groups == 0,
-                f"unet.channels must be multiples of unet.norm_groups = {self.norm_groups}, got {channels}",
-            )
-            _require(
-                not attends or channels % self.attention_head_dim == 0,
-                f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}",
-            )
-        _require_range("unet.layers_per_block", self.layers_per_block, 1)
+            divides = channels > 0 and channels % self.norm_groups == 0
+            message = f"unet.channels must be multiples of unet.norm_groups = {self.norm_groups}, got {channels}"
+            _require(divides, message)
+            divides = not attends or channels % self.attention_head_dim == 0
+            _require(divides, f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}")
         _require_range("unet.dropout", self.dropout, 0, 0.9)
 
     @property
@@ -189,16 +192,16 @@ class FlowDiffTrainingConfig:
     lambda_flow: float = 0.5  # weight of the velocity (flow head)
     lambda_id_global: float = 0.1  # weight of |x - G(x)| once warmed up; more: normals change less, but so do lesions
     identity_noise_level: float = 0.4  # how far out G walks in the identity loss; keep it at inference.noise_level
-    identity_space: Literal["pixel", "latent"] = (
-        "pixel"  # pixel decodes through the frozen decoder (the real thing); latent is some ten times cheaper
-    )
+    # pixel decodes through the frozen decoder (the real thing); latent is some ten times cheaper
+    identity_space: Literal["pixel", "latent"] = "pixel"
     identity_share: float = 0.25  # share of each batch that the identity loss sees; at least one image
-    identity_solver: Literal["one_step", "euler", "heun", "ddim"] = "one_step"  # how G walks back in the identity loss
+    identity_solver: Solver = "one_step"  # how G walks back in the identity loss
     identity_steps: int = 1  # steps of that walk; the memory of training grows with it
-    phase1_steps: int = 100_000  # the generative stage ends here; its EMA weights are kept as checkpoint_generative.pt
+    # the generative stage ends here; its EMA weights are kept as checkpoint_generative.pt
+    phase1_steps: int = 100_000
     total_steps: int = 300_000  # optimizer steps in all
     identity_warmup_start: int = 90_000  # lambda_id is 0 up to here
-    identity_warmup_end: int = 110_000  # and lambda_id_global from here on; linear between
+    identity_warmup_end: int = 110_000  # and lambda_id_global from here on; the best checkpoint comes from after it
     batch_size: int = 64  # latents per step and process; lower it on CUDA out of memory
     lr: float = 1e-4  # AdamW learning rate after warm-up
     lr_warmup_steps: int = 1_000  # linear warm-up, then cosine to a tenth of lr
@@ -213,99 +216,137 @@ class FlowDiffTrainingConfig:
     output: str = "./outputs/phase3_flowdiff"  # checkpoints, log.csv, samples
 
     def __post_init__(self):
-        for name in ("lambda_diff", "lambda_flow", "lambda_id_global", "weight_decay", "lr_warmup_steps"):
-            _require_range(f"flowdiff.{name}", getattr(self, name), 0)
+        weights = ("lambda_diff", "lambda_flow", "lambda_id_global", "weight_decay", "lr_warmup_steps")
+        _require_ranges("flowdiff", self, weights, 0)
         _require(self.lambda_diff > 0 or self.lambda_flow > 0, "flowdiff: lambda_diff or lambda_flow must be above 0")
-        _require(
-            0 < self.identity_noise_level < 1,
-            f"flowdiff.identity_noise_level must lie in (0, 1), got {self.identity_noise_level}",
-        )
-        _require(0 < self.identity_share <= 1, f"flowdiff.identity_share must lie in (0, 1], got {self.identity_share}")
-        for name in ("lr", "grad_clip"):
-            _require(getattr(self, name) > 0, f"flowdiff.{name} must be above 0, got {getattr(self, name)}")
-        for name in ("total_steps", "batch_size", "validate_every", "sample_every", "log_every", "identity_steps"):
-            _require_range(f"flowdiff.{name}", getattr(self, name), 1)
+        inside = 0 < self.identity_noise_level < 1
+        _require(inside, f"flowdiff.identity_noise_level must lie in (0, 1), got {self.identity_noise_level}")
+        inside = 0 < self.identity_share <= 1
+        _require(inside, f"flowdiff.identity_share must lie in (0, 1], got {self.identity_share}")
+        _require_positive("flowdiff", self, ("lr", "grad_clip"))
+        counts = ("total_steps", "batch_size", "validate_every", "sample_every", "log_every", "identity_steps")
+        _require_ranges("flowdiff", self, counts, 1)
         _require(0 <= self.ema_decay < 1, f"flowdiff.ema_decay must lie in [0, 1), got {self.ema_decay}")
+        _require(1 <= self.phase1_steps <= self.total_steps, "flowdiff.phase1_steps must lie between 1 and total_steps")
         ordered = 0 <= self.identity_warmup_start <= self.identity_warmup_end
         _require(ordered, "flowdiff.identity_warmup_start must not lie after identity_warmup_end")
-        _require(1 <= self.phase1_steps <= self.total_steps, "flowdiff.phase1_steps must lie between 1 and total_steps")
+        ends = self.lambda_id_global == 0 or self.identity_warmup_end <= self.total_steps
+        _require(
+            ends,
+            f"flowdiff.identity_warmup_end = {self.identity_warmup_end} lies after total_steps = {self.total_steps}: "
+            "G would never be trained at full weight; move it forward, or set lambda_id_global 0 to train without",
+        )
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
     """Phase 4, inference.py: G(x), the anomaly map, the score."""
 
-    method: Literal["plain", "calibrated"] = (
-        "plain"  # plain is the formula below; calibrated fuses many views as validation normals teach
-    )
+    # plain is the formula below; calibrated fuses many views of what G changed, as normals teach (CalibrationConfig)
+    method: Literal["plain", "calibrated"] = "plain"
     noise_level: float = 0.4  # how far G walks out; 0 changes nothing, 1 forgets the image. Useful: 0.2 to 0.5
-    solver: Literal["one_step", "euler", "heun", "ddim"] = (
-        "euler"  # how G walks back; ddim uses the diffusion head, the others the flow head
-    )
+    solver: Solver = "euler"  # how G walks back
     steps: int = 8  # steps of that walk; one_step takes one
     draws: int = 1  # noise draws whose G(x) are averaged; more: less random, slower
-    levels: tuple[float, ...] = (
-        0.1,
-        0.2,
-        0.3,
-    )  # calibrated: noise levels of the views; low ones keep detail, high ones remove more
-    implants: int = 160  # calibrated: corrupted validation normals the fusion of the views is fitted to
     alpha_l1: float = 1.0  # weight of |x - G(x)| in the anomaly map
     beta_grad: float = 0.5  # weight of the gradient residual
     gamma_hf: float = 0.3  # weight of the Laplacian residual
-    smooth_sigma: float = (
-        0.0  # Gaussian blur of the anomaly map in pixels; 0 leaves the formula exact, 2 to 4 suppresses speckle
-    )
-    top_share: float = (
-        0.01  # the image score is the mean of this share of highest map values: about the area of a lesion
-    )
-    target_fpr: float = (
-        0.05  # share of validation normals above the image threshold, and of their pixels above the map threshold
-    )
+    # blur of the final map, sigma as a share of the height; 0 leaves it exact, 0.008 calms speckle
+    smooth_share: float = 0.0
+    # the image score is the mean of this share of highest map values: about the area of a lesion
+    top_share: float = 0.01
+    image_fpr: float = 0.05  # share of validation normals whose score lies above the image threshold
+    # share of the pixels of normals above the map's threshold. A map that finds a lesion of area share a perfectly has
+    # a Dice of 2 a / (2 a + pixel_fpr): for a caries (a = 0.0007) 0.58 at 0.001, and 0.03 at 0.05
+    pixel_fpr: float = 0.001
+    examine_training_patients: bool = False  # True examines radiographs that trained the networks: their scores flatter
     batch_size: int = 8  # images at once
     figures: int = -1  # result_XXX.png for this many images, spread evenly over the kinds; -1 draws all, 0 none
     save_maps: bool = True  # anomaly maps as .npy at the size of the original image
     vae_checkpoint: str = "./outputs/phase1_vae/checkpoint_best.pt"  # the VAE of phase 1
     flow_checkpoint: str = "./outputs/phase3_flowdiff/checkpoint_best.pt"  # the normalizer of phase 3
+    calibration: str = "./outputs/calibration"  # what normals say: made once per pair of checkpoints, then read
     output: str = "./outputs/phase4_inference"  # figures, scores.csv, maps, metrics.json
 
     def __post_init__(self):
         _require(0 < self.noise_level < 1, f"inference.noise_level must lie in (0, 1), got {self.noise_level}")
-        for name in ("alpha_l1", "beta_grad", "gamma_hf", "smooth_sigma"):
-            _require_range(f"inference.{name}", getattr(self, name), 0)
-        _require(
-            self.alpha_l1 + self.beta_grad + self.gamma_hf > 0,
-            "inference: one of alpha_l1, beta_grad, gamma_hf must be above 0",
-        )
-        for name in ("steps", "draws", "batch_size"):
-            _require_range(f"inference.{name}", getattr(self, name), 1)
+        weights = ("alpha_l1", "beta_grad", "gamma_hf")
+        _require_ranges("inference", self, (*weights, "smooth_share"), 0)
+        some = any(getattr(self, name) > 0 for name in weights)
+        _require(some, "inference: one of alpha_l1, beta_grad, gamma_hf must be above 0")
+        _require_ranges("inference", self, ("steps", "draws", "batch_size"), 1)
         _require(0 < self.top_share <= 1, f"inference.top_share must lie in (0, 1], got {self.top_share}")
-        _require(0 < self.target_fpr < 1, f"inference.target_fpr must lie in (0, 1), got {self.target_fpr}")
+        for name in ("image_fpr", "pixel_fpr"):
+            _require(0 < getattr(self, name) < 1, f"inference.{name} must lie in (0, 1), got {getattr(self, name)}")
         _require_range("inference.figures", self.figures, -1)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Phase 4, method calibrated: how views of what G changed become one map, as normals and corruptions of them teach."""
+
+    # anomaly.py says what each is
+    views: tuple[str, ...] = (
+        "residual", "change", "formula", "formula_of_change", "latent_distance", "heads", "latent_change"
+    )  # fmt: skip
+    levels: tuple[float, ...] = (
+        0.1,
+        0.2,
+        0.3,
+    )  # noise levels of the views; low ones keep detail, high ones remove more
+    blurs: tuple[float, ...] = (
+        0.004,
+        0.008,
+        0.016,
+    )  # of each view, sigmas as shares of the height: half a lesion's radius
+    alignment: float = 0.012  # sigma of the neighbourhood that shares its statistics: panoramics align only roughly
+    smallest_spread: float = 0.3  # of a view's mean spread; below it a pixel's own spread (in air) is not believed
+    largest_deviation: float = 10.0  # standard deviations; beyond, more of the same says nothing new
+    # C of the logistic regression; less: smaller weights, since the views are many and alike
+    regularization: float = 0.01
+    corrupted: int = 160  # corrupted validation normals that the fusion of the views is fitted to
+    pixels_inside: int = 300  # drawn from what changed in each corrupted image
+    pixels_outside: int = 600  # drawn from the rest of it
+    pixels_normal: int = 2000  # drawn from each normal
+    smallest_corruption: float = 0.012  # radius of a corruption as a share of the height, log-uniform from here
+    largest_corruption: float = 0.20  # up to here
+    most_corruptions: int = 4  # in one image
+    least_change: float = 0.08  # mean change inside a corruption, in units of [-1, 1], that counts as one
+
+    def __post_init__(self):
         inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
-        _require(inside, f"inference.levels needs noise levels in (0, 1), got {self.levels}")
-        _require_range("inference.implants", self.implants, 1)
+        _require(inside, f"calibration.levels needs noise levels in (0, 1), got {self.levels}")
+        _require(len(self.views) > 0, "calibration.views needs at least one view; anomaly.py names them")
+        inside = len(self.blurs) > 0 and all(0 <= blur < 1 for blur in self.blurs)
+        _require(inside, f"calibration.blurs needs shares of the height in [0, 1), got {self.blurs}")
+        _require_ranges("calibration", self, ("alignment", "smallest_spread"), 0, 1)
+        _require_positive("calibration", self, ("largest_deviation", "regularization", "least_change"))
+        counts = ("corrupted", "pixels_inside", "pixels_outside", "pixels_normal", "most_corruptions")
+        _require_ranges("calibration", self, counts, 1)
+        ordered = 0 < self.smallest_corruption <= self.largest_corruption < 1
+        _require(ordered, "calibration.smallest_corruption must not lie above largest_corruption, both in (0, 1)")
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
     """Device, precision, seed and tracking, the same in every phase."""
 
-    seed: int = 0  # fixes every random draw: split, augmentation, weights, noise
+    seed: int = 0  # fixes every random draw but the split: augmentation, weights, noise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
-    precision: Literal["auto", "no", "bf16"] = (
-        "auto"  # training only: auto takes bf16 where the hardware multiplies it; inference is float32
-    )
-    resume: bool = True  # continue from checkpoint_last.pt where one exists; --runtime.resume False starts anew
-    wandb: Literal["disabled", "offline", "online"] = (
-        "disabled"  # numbers only, never an image; online needs WANDB_API_KEY
-    )
+    # training only: auto takes bf16 where the hardware multiplies it; inference is float32
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    # continue from checkpoint_last.pt; --runtime.resume False removes the earlier run's files, starts anew
+    resume: bool = True
+    resume_changed: bool = False  # True continues with another number of steps or learning rate than the run began with
+    # numbers only, never an image; online needs WANDB_API_KEY
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "dental-normalizer"  # project the runs appear under
     checkpoint_every: int = 1_000  # steps between writes of checkpoint_last.pt in phases 1 and 3
+    max_skipped_steps: int = 20  # steps in a row whose gradient is not finite before training stops; each is skipped
 
     def __post_init__(self):
         _require_range("runtime.seed", self.seed, 0, 2**31 - 1)
-        _require_range("runtime.checkpoint_every", self.checkpoint_every, 1)
+        _require_ranges("runtime", self, ("checkpoint_every", "max_skipped_steps"), 1)
 
 
 @dataclass(frozen=True)
@@ -318,6 +359,7 @@ class Config:
     unet: UNetConfig = field(default_factory=UNetConfig)
     flowdiff: FlowDiffTrainingConfig = field(default_factory=FlowDiffTrainingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self):
@@ -325,73 +367,9 @@ class Config:
         for name in ("height", "width"):
             size = getattr(self.data, name)
             below, above = size // divisor * divisor, -(-size // divisor) * divisor
-            nearest = " or ".join(str(s) for s in (below, above) if s > 0)
-            _require(
-                size % divisor == 0,
-                f"data.{name} = {size} does not divide by {divisor} (VAE {VAE_DOWNSAMPLING} x UNet {self.unet.downsampling}): use {nearest}",
-            )
-
-
-VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
-
-
-def with_outputs(config: Config, folder: str) -> Config:
-    """The same config with every path below ./outputs moved below `folder`, hand-offs between phases included."""
-    folder = folder.rstrip("/") or "/"
-
-    def moved(phase):
-        paths = {f.name: getattr(phase, f.name) for f in dataclasses.fields(phase)}
-        paths = {
-            name: folder + path[len("./outputs") :]
-            for name, path in paths.items()
-            if isinstance(path, str) and path.startswith("./outputs/")
-        }
-        return dataclasses.replace(phase, **paths)
-
-    return dataclasses.replace(config, **{f.name: moved(getattr(config, f.name)) for f in dataclasses.fields(config)})
-
-
-def _cpu() -> Config:
-    """Two cores, under an hour for some hundred radiographs: a tiny pretrained autoencoder and a small UNet."""
-    return Config(
-            data=DataConfig(num_workers=0),
-            vae=VAEConfig(pretrained="madebyollin/taesd", lr=3e-4, lr_warmup_steps=30, batch_size=4, steps=450, validate_every=75, log_every=25),
-            latent=LatentConfig(augmented_copies=4),
-            unet=UNetConfig(channels=(64, 128, 192), layers_per_block=1, attention=(False, False, True), norm_groups=16),
-            flowdiff=FlowDiffTrainingConfig(
-                identity_space="latent", phase1_steps=1_200, total_steps=1_600, identity_warmup_start=1_200, identity_warmup_end=1_350,
-                batch_size=16, lr=4e-4, lr_warmup_steps=100, ema_decay=0.998, validate_every=200, sample_every=800, log_every=50,
-            ),
-            runtime=RuntimeConfig(device="cpu", checkpoint_every=150),
-    )  # fmt: skip
-
-
-def _demo() -> Config:
-    """Phantoms and the VAE in assets/: all four phases in minutes on two cores."""
-    return Config(
-            data=DataConfig(
-                root="./outputs/phantoms", height=128, width=256, percentile_low=0.5, percentile_high=99.5, num_workers=0, rotate_degrees=1.5, flip=True
-            ),
-            vae=VAEConfig(pretrained="./assets/phantom_vae", lr=2e-4, lr_warmup_steps=10, batch_size=4, steps=100, validate_every=50, log_every=10),
-            latent=LatentConfig(augmented_copies=8),
-            unet=UNetConfig(channels=(64, 128, 128), layers_per_block=1, attention=(False, False, True), norm_groups=16),
-            flowdiff=FlowDiffTrainingConfig(
-                identity_space="latent", phase1_steps=900, total_steps=1_200, identity_warmup_start=800, identity_warmup_end=1_000,
-                batch_size=16, lr=5e-4, lr_warmup_steps=50, ema_decay=0.995, validate_every=200, sample_every=600, log_every=50,
-            ),
-            inference=InferenceConfig(method="calibrated", solver="one_step", draws=2, top_share=0.002, figures=24),
-            runtime=RuntimeConfig(device="cpu", checkpoint_every=400),
-    )  # fmt: skip
-
-
-PRESETS = {"default": (Config, "./outputs"), "cpu": (_cpu, "./outputs/cpu"), "demo": (_demo, "./outputs/demo")}
-
-
-def preset(name: str, outputs: str | None = None) -> Config:
-    """A preset by name, its paths below `outputs` or below a folder of its own; UsageError for an unknown name."""
-    _require(name in PRESETS, f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    build, folder = PRESETS[name]
-    return with_outputs(build(), outputs or folder)
+            nearest = " or ".join(str(multiple) for multiple in (below, above) if multiple > 0)
+            parts = f"VAE {VAE_DOWNSAMPLING} x UNet {self.unet.downsampling}"
+            _require(size % divisor == 0, f"data.{name} = {size} does not divide by {divisor} ({parts}): use {nearest}")
 
 
 def rebuild_phase(phase: type, stored: dict):

@@ -1,16 +1,18 @@
-"""Part: files -> x in [-1, 1], mask, label; listed from a folder or a manifest.csv, split by patient, augmented reproducibly.
+"""Part: records -> x in [-1, 1], mask, label; read once or as a stream, augmented reproducibly.
 
-splits = split_records(list_records(config.root), config, seed)
-data = open_datasets(splits, config, seed, report)      every file read once, bad files reported
+splits = split_records(list_records(config), config)
+data = open_datasets(splits, config, seed, report)          every file read once, bad files reported
 train, val = data["train"].augmented(), data["val"]
-test = RadiographDataset(records, config)               or streaming: each file is read when asked for
+for items in read_batches(records, config, 8, skipped):     or as a stream: each file is read when its turn comes
 """
 
 import copy
-import csv
+import hashlib
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from config import DataConfig, UsageError
+from files import write_csv
 from radiographs.geometry import fit_image, fit_mask
 from radiographs.manifest import Record
 from radiographs.reading import (
@@ -36,6 +39,7 @@ class Sample(NamedTuple):
     image: np.ndarray  # float32 (H, W) in [-1, 1]
     mask: np.ndarray | None  # bool (H, W), True on a lesion
     original_shape: tuple[int, int]  # rows, columns of the file
+    digest: str  # of the file's grey levels: the same picture in another format or under another name has the same
 
 
 def read_sample(record: Record, config: DataConfig) -> Sample:
@@ -52,7 +56,8 @@ def read_sample(record: Record, config: DataConfig) -> Sample:
         if mask.shape != shape:
             raise ImageReadError(record.mask, f"the mask has {mask.shape} pixels, its radiograph {shape}")
         mask = fit_mask(mask, config.height, config.width, config.fit)
-    return Sample(fit_image(x, config.height, config.width, config.fit), mask, shape)
+    digest = hashlib.sha256(repr(shape).encode() + radiograph.pixels.tobytes()).hexdigest()
+    return Sample(fit_image(x, config.height, config.width, config.fit), mask, shape, digest)
 
 
 def open_datasets(
@@ -60,77 +65,108 @@ def open_datasets(
 ) -> dict[str, "RadiographDataset"]:
     """Read every file once, drop and report the unreadable ones, keep the others in memory if they fit config.cache_gb.
 
-    report is the skipped_files.csv to write; quiet (for all processes but the first) shows no bar and writes nothing. UsageError if
-    more than config.max_bad_share of the files, or a whole split, cannot be read.
+    report is the skipped_files.csv to write; quiet (for all processes but the first) shows no bar and writes nothing.
+    UsageError if more than config.max_bad_share of the files, or a whole split, cannot be read.
     """
     records = [record for split in splits.values() for record in split]
     fits = len(records) * config.height * config.width * 5 <= config.cache_gb * 2**30  # float32 image and bool mask
-    samples: dict[Path, Sample | None] = {}
-    errors: dict[Path, ImageReadError] = {}
-
-    def attempt(record: Record) -> Sample | ImageReadError:
-        try:
-            return read_sample(record, config)
-        except ImageReadError as error:
-            return error
-
+    samples: dict[Path, Sample] = {}
+    digests: dict[Path, str] = {}
+    errors: list[ImageReadError] = []
     pool = ThreadPoolExecutor(max(1, config.num_workers))
     try:
-        results = tqdm(pool.map(attempt, records), "reading radiographs", len(records), disable=quiet)
-        for record, result in zip(records, results, strict=True):
+        attempts = pool.map(partial(attempt_sample, config=config), records)
+        for record, result in zip(
+            records, tqdm(attempts, "reading radiographs", len(records), disable=quiet), strict=True
+        ):
             if isinstance(result, ImageReadError):
-                errors[record.path] = result
-            elif fits:
+                errors.append(result)
+                continue
+            digests[record.path] = result.digest
+            if fits:
                 samples[record.path] = result
     finally:
         pool.shutdown(cancel_futures=True)
     if not quiet:
-        _report_skipped(errors, len(records), report)
-    readable = {name: [record for record in split if record.path not in errors] for name, split in splits.items()}
+        report_skipped(errors, len(records), report)
+    readable = {name: [record for record in split if record.path in digests] for name, split in splits.items()}
     emptied = any(split and not readable[name] for name, split in splits.items())
-    if emptied or len(errors) > config.max_bad_share * len(records):
-        raise UsageError(
-            f"{len(errors)} of {len(records)} files cannot be read, see {report}: mend or remove them, or raise data.max_bad_share"
-        )
+    refuse_too_many_bad(len(errors), len(records), config, report, emptied)
     return {
-        name: RadiographDataset(split, config, False, seed, samples if fits else None)
+        name: RadiographDataset(
+            split, config, seed, [digests[record.path] for record in split], samples if fits else None
+        )
         for name, split in readable.items()
     }
 
 
-def _report_skipped(errors: dict[Path, ImageReadError], total: int, report: Path) -> None:
+def attempt_sample(record: Record, config: DataConfig) -> Sample | ImageReadError:
+    """The radiograph, or why it cannot be used."""
+    try:
+        return read_sample(record, config)
+    except ImageReadError as error:
+        return error
+
+
+def report_skipped(errors: list[ImageReadError], total: int, report: Path) -> None:
     """Write skipped_files.csv if there is anything to say, and remove that of an earlier run if not."""
     if not errors:
         report.unlink(missing_ok=True)
         return
-    report.parent.mkdir(parents=True, exist_ok=True)
-    beside = report.with_suffix(".tmp")
-    with open(beside, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("file", "reason"), *((path, str(error)) for path, error in errors.items())])
-    os.replace(beside, report)
+    write_csv(report, ["file", "reason"], [[error.path.name, error.reason] for error in errors])
     warnings.warn(f"{len(errors)} of {total} files cannot be read and are left out: see {report}", stacklevel=3)
+
+
+def refuse_too_many_bad(bad: int, total: int, config: DataConfig, report: Path, emptied: bool = False) -> None:
+    """UsageError if more than config.max_bad_share of the files cannot be read, or if that leaves nothing of a split."""
+    if emptied or bad > config.max_bad_share * total:
+        raise UsageError(
+            f"{bad} of {total} files cannot be read, see {report}: mend or remove them, or raise data.max_bad_share"
+        )
+
+
+def read_batches(
+    records: list[Record], config: DataConfig, batch_size: int, errors: list[ImageReadError]
+) -> Iterator[list[tuple[int, Sample]]]:
+    """Batches of (position in records, sample), in order, read by threads one batch ahead; what cannot be read goes to `errors`."""
+    spans = [range(first, min(first + batch_size, len(records))) for first in range(0, len(records), batch_size)]
+    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:
+
+        def begin(span: range) -> list[Future]:
+            return [pool.submit(attempt_sample, records[index], config) for index in span]
+
+        ahead = begin(spans[0]) if spans else []
+        for span, following in zip(spans, [*spans[1:], range(0)], strict=True):
+            results = [future.result() for future in ahead]
+            ahead = begin(following)
+            errors += [result for result in results if isinstance(result, ImageReadError)]
+            good = [(index, result) for index, result in zip(span, results, strict=True) if isinstance(result, Sample)]
+            if good:
+                yield good
 
 
 class RadiographDataset(Dataset):
     """Radiographs as tensors: dataset[index], or dataset[epoch, index] where augmentation shall differ from epoch to epoch.
 
-    An item holds image (float32 (1, H, W) in [-1, 1]), mask (uint8 (1, H, W), zeros where there is none), label (-1 unknown),
-    has_mask, index, original_height and original_width (of the file, in pixels). With augment, an item depends on seed, epoch
-    and index alone. Without samples in memory each access reads the file, and raises ImageReadError where that fails.
+    An item holds image (float32 (1, H, W) in [-1, 1]), mask (uint8 (1, H, W), zeros where there is none), label (-1
+    unknown), has_mask, index, original_height and original_width (of the file, in pixels). With augmentation an item depends
+    on seed, epoch and index alone. Without samples in memory each access reads the file, and raises ImageReadError where
+    that fails. `digests` says of every record what its file holds.
     """
 
     def __init__(
         self,
         records: list[Record],
         config: DataConfig,
-        augment: bool = False,
-        seed: int = 0,
-        samples: dict[Path, Sample] | None = None,
+        seed: int,
+        digests: list[str],
+        samples: dict[Path, Sample] | None,
     ):
         self.records = records
         self.config = config
-        self.augment = augment
         self.seed = seed
+        self.digests = digests
+        self.augment = False
         self._samples = samples
         self._geometry = None
 
@@ -140,15 +176,19 @@ class RadiographDataset(Dataset):
         other.augment = True
         return other
 
+    @property
+    def digest(self) -> str:
+        """Of what all the files hold, in order: the same for a moved folder, another for a changed file."""
+        return hashlib.sha256("".join(self.digests).encode()).hexdigest()
+
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         record = self.records[index]
-        image, mask, original_shape = (
-            self._samples[record.path] if self._samples is not None else read_sample(record, self.config)
-        )
+        sample = self._samples[record.path] if self._samples is not None else read_sample(record, self.config)
+        image, mask = sample.image, sample.mask
         has_mask = mask is not None
         mask = mask.astype(np.uint8) if has_mask else np.zeros(image.shape, np.uint8)
         if self.augment:
@@ -159,8 +199,8 @@ class RadiographDataset(Dataset):
             "label": -1 if record.label is None else record.label,
             "has_mask": has_mask,
             "index": index,
-            "original_height": original_shape[0],
-            "original_width": original_shape[1],
+            "original_height": sample.original_shape[0],
+            "original_width": sample.original_shape[1],
         }
 
     def _augment(
@@ -172,10 +212,10 @@ class RadiographDataset(Dataset):
             self._geometry = _geometry(config)
         self._geometry.set_random_seed(int(random.integers(2**31)))
         moved = self._geometry(image=image[..., None], mask=mask)
-        x = moved["image"][..., 0] * random.uniform(1 - config.contrast, 1 + config.contrast) + random.uniform(
-            -config.brightness, config.brightness
-        )
-        x = 2 * np.clip((x + 1) / 2, 0, 1) ** random.uniform(1 - config.gamma, 1 + config.gamma) - 1
+        gain = random.uniform(1 - config.contrast, 1 + config.contrast)
+        x = gain * moved["image"][..., 0] + random.uniform(-config.brightness, config.brightness)
+        exponent = random.uniform(1 - config.gamma, 1 + config.gamma)
+        x = 2 * np.clip((x + 1) / 2, 0, 1) ** exponent - 1
         x = x + random.uniform(0, config.noise_std) * random.standard_normal(x.shape, np.float32)
         return np.clip(x, -1, 1).astype(np.float32), moved["mask"]
 

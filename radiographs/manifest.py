@@ -1,6 +1,7 @@
 """Leaf: which radiographs there are, whose they are, and who trains, validates or tests: a folder or a manifest.csv to records."""
 
 import csv
+import hashlib
 import os
 import warnings
 from dataclasses import dataclass
@@ -23,9 +24,10 @@ class Record:
     kind: str  # "normal", the kind of lesion, or ""
     mask: Path | None
     patient: str
+    patient_rule: str  # who said so: "header" (PatientID), "manifest", "folder" or "file"
 
 
-def list_records(root: str | Path, setting: str = "data.root") -> list[Record]:
+def list_records(root: str | Path, patient_from: str = "auto", setting: str = "data.root") -> list[Record]:
     """List a folder (its manifest.csv if it has one, else every radiograph below it, sorted) or a manifest; UsageError if there is none."""
     root = Path(root)
     if not root.exists():
@@ -122,12 +124,13 @@ def _check_rows(manifest: Path, numbers: list[int], records: list[Record]) -> No
             raise UsageError(f"{manifest.name}, row {number}, column split: is empty while other rows have one")
 
 
-def split_records(records: list[Record], config: DataConfig, seed: int) -> dict[str, list[Record]]:
+def split_records(records: list[Record], config: DataConfig) -> dict[str, list[Record]]:
     """Part records into "train", "val" (both without known abnormals) and "test", no patient in two of them.
 
-    The splits of a manifest are kept; if it has no val, one is drawn from train. Without splits, patients with an abnormal image go
-    to test together with test_share of the others, and val_share, at least one patient, to val; if nothing is known to be abnormal,
-    test stays empty. UsageError if that cannot be done.
+    The splits of a manifest are kept; if it has no val, one is drawn from train. Without splits, patients with an abnormal
+    image go to test together with about test_share of the others, and about val_share to val; if nothing is known to be
+    abnormal, test stays empty. Where a patient goes depends on the patient's name and split_seed alone: others may come and
+    go. UsageError if that cannot be done.
     """
     splits: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
     given = any(record.split for record in records)
@@ -140,19 +143,22 @@ def split_records(records: list[Record], config: DataConfig, seed: int) -> dict[
         abnormal = {record.patient for record in records if record.label == 1}
         splits["test"] = [record for record in records if record.patient in abnormal]
         splits["train"] = [record for record in records if record.patient not in abnormal]
-    patients = len({record.patient for record in splits["train"]})
-    if not patients:
+    if not splits["train"]:
         raise UsageError(
-            "there is no normal radiograph to train on: add some with label 0 (or no label), in the split train if there are splits"
+            "there is no normal radiograph to train on: add some with label 0 (or no label), in the split train if there "
+            "are splits"
         )
     if splits["test"] and not given and config.test_share > 0:
-        splits["train"], normals = _hold_out(splits["train"], config.test_share * patients, seed, leave=2)
+        splits["train"], normals = _hold_out(splits["train"], config.test_share, f"test/{config.split_seed}", leave=2)
         splits["test"] += normals
     if not splits["val"]:
-        splits["train"], splits["val"] = _hold_out(splits["train"], config.val_share * patients, seed, leave=1)
+        splits["train"], splits["val"] = _hold_out(
+            splits["train"], config.val_share, f"val/{config.split_seed}", leave=1
+        )
     if not splits["val"]:
         raise UsageError(
-            "all normal radiographs belong to one patient: training and validation need two; add a manifest.csv with a column patient"
+            "all normal radiographs belong to one patient: training and validation need two; add a manifest.csv with a "
+            "column patient, or set data.patient_from file"
         )
     return splits
 
@@ -178,13 +184,24 @@ def _check_patients(splits: dict[str, list[Record]]) -> None:
         )
 
 
-def _hold_out(records: list[Record], wanted: float, seed: int, leave: int) -> tuple[list[Record], list[Record]]:
-    """Draw that many patients, rounded, at least one, but leave at least `leave` -> (left, held out), each in the old order."""
-    from sklearn.model_selection import GroupShuffleSplit
+def _hold_out(records: list[Record], share: float, salt: str, leave: int) -> tuple[list[Record], list[Record]]:
+    """Draw about that share of the patients -> (left, held out), each in the old order.
 
-    patients = [record.patient for record in records]
-    drawn = min(max(1, round(wanted)), len(set(patients)) - leave)
-    if drawn < 1:
+    At least one patient is drawn and at least `leave` are left, those nearest to the border changing sides; with too few
+    patients for both, nobody is drawn.
+    """
+    place = {record.patient: _place(record.patient, salt) for record in records}
+    ranked = sorted(place, key=place.get)
+    count = sum(value < share for value in place.values())
+    count = min(max(1, count), len(ranked) - leave)
+    if count < 1:
         return records, []
-    left, held_out = next(GroupShuffleSplit(1, test_size=drawn, random_state=seed).split(patients, groups=patients))
-    return [records[i] for i in sorted(left)], [records[i] for i in sorted(held_out)]
+    drawn = set(ranked[:count])
+    left = [record for record in records if record.patient not in drawn]
+    return left, [record for record in records if record.patient in drawn]
+
+
+def _place(patient: str, salt: str) -> float:
+    """A number in [0, 1), uniform over patients, that depends on the name and the salt alone."""
+    digest = hashlib.sha256(f"{salt}/{patient}".encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56

@@ -1,0 +1,86 @@
+"""Leaf: the presets, as a table of what differs from the defaults of config.py; and --outputs, which moves every path."""
+
+import dataclasses
+
+from config import Config, UsageError
+
+SAME = object()  # as in the default
+# cpu: two cores, under an hour for some hundred radiographs. demo: phantoms, minutes on two cores.
+# fmt: off
+TABLE = (
+    # field                           cpu                      demo
+    ("data.root",                     SAME,                    "./outputs/phantoms"),
+    ("data.height",                   SAME,                    128),
+    ("data.percentile_low",           SAME,                    0.5),
+    ("data.percentile_high",          SAME,                    99.5),
+    ("data.num_workers",              0,                       0),
+    ("data.flip",                     SAME,                    True),
+    ("data.rotate_degrees",           SAME,                    1.5),
+    ("vae.pretrained",                "madebyollin/taesd",     "./assets/phantom_vae"),
+    ("vae.lr",                        3e-4,                    2e-4),
+    ("vae.lr_warmup_steps",           30,                      10),
+    ("vae.batch_size",                4,                       4),
+    ("vae.steps",                     450,                     100),
+    ("vae.validate_every",            75,                      50),
+    ("vae.log_every",                 25,                      10),
+    ("latent.augmented_copies",       4,                       8),
+    ("unet.channels",                 (64, 128, 192),          (64, 128, 128)),
+    ("unet.layers_per_block",         1,                       1),
+    ("unet.attention",                (False, False, True),    (False, False, True)),
+    ("unet.norm_groups",              16,                      16),
+    ("flowdiff.identity_space",       "latent",                "latent"),
+    ("flowdiff.phase1_steps",         1_200,                   900),
+    ("flowdiff.total_steps",          1_600,                   1_200),
+    ("flowdiff.identity_warmup_start", 1_200,                  800),
+    ("flowdiff.identity_warmup_end",  1_350,                   1_000),
+    ("flowdiff.batch_size",           16,                      16),
+    ("flowdiff.lr",                   4e-4,                    5e-4),
+    ("flowdiff.lr_warmup_steps",      100,                     50),
+    ("flowdiff.ema_decay",            0.998,                   0.995),
+    ("flowdiff.validate_every",       200,                     200),
+    ("flowdiff.sample_every",         800,                     600),
+    ("flowdiff.log_every",            50,                      50),
+    ("inference.method",              SAME,                    "calibrated"),
+    ("inference.solver",              SAME,                    "one_step"),
+    ("inference.draws",               SAME,                    2),
+    ("inference.top_share",           SAME,                    0.002),
+    ("inference.figures",             SAME,                    24),
+    ("calibration.blurs",             SAME,                    (0.008, 0.016, 0.032)),
+    ("calibration.alignment",         SAME,                    0.024),
+    ("runtime.device",                "cpu",                   "cpu"),
+    ("runtime.checkpoint_every",      150,                     400),
+)
+# fmt: on
+PRESETS = {"default": "./outputs", "cpu": "./outputs/cpu", "demo": "./outputs/demo"}  # name -> where its files go
+
+
+def preset(name: str, outputs: str | None = None) -> Config:
+    """A preset by name, its paths below `outputs` or below a folder of its own; UsageError for an unknown name."""
+    if name not in PRESETS:
+        raise UsageError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    columns = {"default": None, "cpu": 1, "demo": 2}
+    changes: dict[str, dict] = {}
+    for row in TABLE if columns[name] else ():
+        value = row[columns[name]]
+        if value is not SAME:
+            phase, _, field_name = row[0].partition(".")
+            changes.setdefault(phase, {})[field_name] = value
+    phases = {phase: dataclasses.replace(getattr(Config(), phase), **fields) for phase, fields in changes.items()}
+    return with_outputs(Config(**phases), outputs or PRESETS[name])
+
+
+def with_outputs(config: Config, folder: str) -> Config:
+    """The same config with every path below ./outputs moved below `folder`, hand-offs between phases included."""
+    folder = folder.rstrip("/") or "/"
+
+    def moved(phase):
+        paths = {}
+        for item in dataclasses.fields(phase):
+            value = getattr(phase, item.name)
+            if isinstance(value, str) and value.startswith("./outputs/"):
+                paths[item.name] = folder + value[len("./outputs") :]
+        return dataclasses.replace(phase, **paths)
+
+    return dataclasses.replace(
+        config, **{item.name: moved(getattr(config, item.name)) for item in dataclasses.fields(config)}
+    )

@@ -1,0 +1,49 @@
+"""Leaf: who trained, as salted hashes that travel in checkpoints, so that no later phase takes a training patient for a new one.
+
+A patient is known by name and by content: the same radiograph under another name or in another file format is still recognised.
+The salt is stored beside the hashes: whoever holds a checkpoint can ask whether a patient they already know is in it, and cannot
+list those they do not know.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Membership:
+    """The patients and the contents of the radiographs that trained and that validated."""
+
+    salt: str
+    train: frozenset[str]
+    val: frozenset[str]
+
+    @classmethod
+    def of(cls, patients: dict[str, Sequence[str]], digests: dict[str, Sequence[str]]) -> "Membership":
+        """From patient names and content digests of the splits "train" and "val", under a new salt."""
+        salt = secrets.token_hex(8)
+
+        def hashes(split: str) -> frozenset[str]:
+            return frozenset(_hashes(salt, patients[split], digests[split]))
+
+        return cls(salt, hashes("train"), hashes("val"))
+
+    @classmethod
+    def from_plain(cls, stored: dict) -> "Membership":
+        """From what `plain` gave to a checkpoint or to JSON."""
+        return cls(stored["salt"], frozenset(stored["train"]), frozenset(stored["val"]))
+
+    def plain(self) -> dict:
+        """As plain types, sorted, so that it says nothing of the order of the files."""
+        return {"salt": self.salt, "train": sorted(self.train), "val": sorted(self.val)}
+
+    def trained(self, patient: str | None, digest: str) -> bool:
+        """Whether this radiograph, or another of this patient, trained; None compares the content alone."""
+        names = [] if patient is None else [patient]
+        return not self.train.isdisjoint(_hashes(self.salt, names, [digest]))
+
+
+def _hashes(salt: str, patients: Iterable[str], digests: Iterable[str]) -> list[str]:
+    texts = [f"{salt}/patient/{name}" for name in patients] + [f"{salt}/content/{digest}" for digest in digests]
+    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
