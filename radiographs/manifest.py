@@ -40,7 +40,7 @@ def list_records(root: str | Path, patient_from: str = "auto", setting: str = "d
         return _read_manifest(root)
     if (root / "manifest.csv").exists():
         return _read_manifest(root / "manifest.csv")
-    records = [Record(path, None, None, "", None, _patient_of(path, root)) for path in find_radiographs(root)]
+    records = [Record(path, None, None, "", None, *_patient_of(path, root)) for path in find_radiographs(root)]
     if not records:
         raise UsageError(
             f"{root} holds no radiographs: put files with one of {' '.join(SUFFIXES)} there, or DICOM files without a suffix"
@@ -48,9 +48,10 @@ def list_records(root: str | Path, patient_from: str = "auto", setting: str = "d
     return records
 
 
-def _patient_of(path: Path, folder: Path) -> str:
-    """PatientID of a DICOM file, else the path in its folder without suffix: 000.png in two subfolders is two patients."""
-    return read_patient(path) or path.relative_to(folder).with_suffix("").as_posix()
+def _patient_of(path: Path, folder: Path) -> tuple[str, str]:
+    """PatientID of a DICOM file, else the path in its folder without suffix; and which of the two rules said so."""
+    named = read_patient(path)
+    return (named, "header") if named else (path.relative_to(folder).with_suffix("").as_posix(), "file")
 
 
 def _read_manifest(manifest: Path) -> list[Record]:
@@ -107,8 +108,9 @@ def _parse_row(manifest: Path, number: int, row: dict[str, str]) -> Record:
     if mask and label is None:
         fail("label", "is empty beside a mask: write 1, or 0 for an empty mask")
     path = inside("image")
-    patient = row.get("patient") or row.get("source") or _patient_of(path, manifest.parent)
-    return Record(path, SPLITS[split], label, "normal" if label == 0 else kind, mask, patient)
+    named = row.get("patient") or row.get("source")
+    patient, rule = (named, "manifest") if named else _patient_of(path, manifest.parent)
+    return Record(path, SPLITS[split], label, "normal" if label == 0 else kind, mask, patient, rule)
 
 
 def _check_rows(manifest: Path, numbers: list[int], records: list[Record]) -> None:
