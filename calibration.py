@@ -1,38 +1,42 @@
-"""What validation normals say of the views of what G changed, and how the views become one map.
+"""What normals say: how the views of a change become a map, and where thresholds, p-values and colour scales lie.
 
-A normal radiograph also differs from G(x): along tooth edges more than in air. So each view, at several blurs, is standardized per
-pixel by what the validation normals show there. How much each standardized view says about an anomaly is then learned, by a
-logistic regression per pixel, from generic corruptions implanted into the same validation normals (`corruption.py`); no lesion
-and no test image is looked at. Views are (B, V, H, W), features (B, F, H, W) with F = V times the number of blurs.
+A normal radiograph also differs from G(x): along tooth edges more than in air. So with method "calibrated" each view,
+at several blurs, is standardized per pixel by what the validation normals show there, and `fusion.py` makes one map of
+all. Each validation normal is scored under the statistics of the others, as a new normal would be.
+
+calibration = calibrate(model, images, config)          images (N, H, W) of validation normals
+calibration.save(folder); Calibration.load(folder, "calibrated")
+
+Views are (B, V, H, W), features (B, F, H, W) with F = V times the number of blurs.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
-from torch.nn import functional as F
+from tqdm import tqdm
 
-from image_ops import gaussian_blur
+from anomaly import blur_share, check_views, image_score, plain_map, stacked_views, views_of
+from config import CalibrationConfig, Config, UsageError
+from corruption import corrupt
+from files import sha256, write_atomically, write_json
+from fusion import Fusion, PixelSample
+from image_ops import residual_components
+from metrics import threshold_from_normals
+from normalizer import Examined, Normalizer
 
-BLURS = (1.0, 2.0, 4.0)  # pixels; a lesion of radius r stands out best at a blur near r / 2
-ALIGNMENT_SIGMA = 3.0  # pixels; panoramics align only roughly, so a pixel's statistics come from its neighbours too
-SMALLEST_SPREAD = 0.3  # of the mean spread of a feature: air would otherwise divide by almost nothing
-LARGEST_DEVIATION = 10.0  # standard deviations; beyond, more of the same says nothing new
-REGULARIZATION = 0.01  # C of the logistic regression; the features are many and alike
-PIXELS_INSIDE, PIXELS_OUTSIDE, PIXELS_NORMAL = (
-    300,
-    600,
-    2000,
-)  # drawn from each corrupted image, in and out of what changed, and from each normal
+FORMAT = 1
+COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
 
 
-def features(views: Tensor) -> Tensor:
+def features(views: Tensor, settings: CalibrationConfig) -> Tensor:
     """The views at every blur, (B, F, H, W), float32."""
     views = views.float()
-    return torch.cat([gaussian_blur(views, sigma) for sigma in BLURS], dim=1)
+    return torch.cat([blur_share(views, blur) for blur in settings.blurs], dim=1)
 
 
 @dataclass(frozen=True)
@@ -42,94 +46,263 @@ class PixelStatistics:
     mean: Tensor
     std: Tensor
 
-    def standardize(self, views: Tensor) -> Tensor:
-        """Deviations (B, F, H, W) in standard deviations of normals."""
-        return (features(views) - self.mean) / self.std
-
-    def to(self, device: torch.device) -> "PixelStatistics":
-        return PixelStatistics(self.mean.to(device), self.std.to(device))
+    def standardize(self, values: Tensor) -> Tensor:
+        """Features (B, F, H, W) in standard deviations of normals."""
+        return (values - self.mean.to(values.device)) / self.std.to(values.device)
 
 
-def pixel_statistics(total: Tensor, squares: Tensor, count: int) -> PixelStatistics:
+def pixel_statistics(total: Tensor, squares: Tensor, count: int, settings: CalibrationConfig) -> PixelStatistics:
     """From the sums over `count` normals of each feature and of its square, both (1, F, H, W)."""
-    mean = gaussian_blur(total / count, ALIGNMENT_SIGMA)
-    variance = gaussian_blur(squares / count, ALIGNMENT_SIGMA) - mean.square()
+    mean = blur_share(total / count, settings.alignment)
+    variance = blur_share(squares / count, settings.alignment) - mean.square()
     std = variance.clamp_min(0).sqrt()
-    smallest = SMALLEST_SPREAD * std.mean(dim=(2, 3), keepdim=True)
+    smallest = settings.smallest_spread * std.mean(dim=(2, 3), keepdim=True)
     return PixelStatistics(mean, std.clamp_min(smallest).clamp_min(1e-8))
 
 
 class NormalViews:
     """The views of all validation normals (N, V, H, W), N >= 2, with their statistics.
 
-    Left out of its own statistics, a validation normal scores as a new normal would; kept in, its scores would be too low and
-    every threshold from them too strict.
+    Left out of its own statistics, a validation normal scores as a new normal would; kept in, its scores would be too
+    low and every threshold from them too strict.
     """
 
-    def __init__(self, views: Tensor):
+    def __init__(self, views: Tensor, settings: CalibrationConfig):
         self.views = views.half()  # the one thing here whose size grows with N
-        self.total = sum(features(view) for view in self.views.split(1))
-        self.squares = sum(features(view).square() for view in self.views.split(1))
+        self.settings = settings
+        self.total, self.squares = 0, 0
+        for index in range(len(views)):
+            own = self.features(index)
+            self.total = self.total + own
+            self.squares = self.squares + own.square()
+
+    def features(self, index: int) -> Tensor:
+        """The features of one normal, (1, F, H, W)."""
+        return features(self.views[index : index + 1], self.settings)
 
     def statistics(self) -> PixelStatistics:
-        return pixel_statistics(self.total, self.squares, len(self.views))
+        """Of all normals."""
+        return pixel_statistics(self.total, self.squares, len(self.views), self.settings)
 
     def statistics_without(self, index: int) -> PixelStatistics:
-        own = features(self.views[index : index + 1])
-        return pixel_statistics(self.total - own, self.squares - own.square(), len(self.views) - 1)
-
-
-def evidence(deviations: Tensor) -> Tensor:
-    """What the regression weighs, (B, 2F, H, W): the size of each deviation, and the deviation with its sign."""
-    deviations = deviations.clamp(-LARGEST_DEVIATION, LARGEST_DEVIATION)
-    return torch.cat([deviations.abs(), deviations], dim=1)
+        """Of all normals but one."""
+        own = self.features(index)
+        return pixel_statistics(self.total - own, self.squares - own.square(), len(self.views) - 1, self.settings)
 
 
 @dataclass(frozen=True)
-class Fusion:
-    """One map from many views: the logistic regression `logit = weights . evidence + bias`."""
+class Calibration:
+    """What the validation normals of one pair of checkpoints say under one set of settings."""
 
-    weights: Tensor  # (2F,)
-    bias: float
+    method: str
+    belongs_to: dict  # hashes of the checkpoints, and the settings that shape a map
+    scores: np.ndarray  # (N,) image scores of the validation normals, each left out of its own statistics
+    pixel_threshold: float  # the share pixel_fpr of the pixels of normals lies above
+    scale: dict[str, float]  # where the colour bars of residual, l1, gradient and anomaly_map end
+    identity_error: float  # mean |x - G(x)|
+    vae_error: float  # mean |x - dec(enc(x))|
+    view_names: tuple[str, ...] = ()
+    statistics: PixelStatistics | None = None  # of the features; None for the plain map
+    fusion: Fusion | None = None
 
-    def anomaly_map(self, deviations: Tensor) -> Tensor:
-        """-log P(normal) of every pixel, in nats, (B, 1, H, W): 0 where all is as usual, the log-odds of an anomaly where nothing is.
+    def score_threshold(self, image_fpr: float) -> float:
+        """The score that at most this share of the validation normals exceeds."""
+        return threshold_from_normals(self.scores, image_fpr)
 
-        P is the probability under the mix of pixels the regression was fitted to, not a prevalence.
+    def p_value(self, score: float) -> float:
+        """Share of normals, the examined one counted in, that score as high: uniform on new normals (Vovk 2005,
+        conformal p).
         """
-        logit = torch.einsum("bfhw,f->bhw", evidence(deviations), self.weights) + self.bias
-        return F.softplus(logit).unsqueeze(1)
+        return float((1 + np.count_nonzero(self.scores >= score)) / (1 + len(self.scores)))
 
-    def to(self, device: torch.device) -> "Fusion":
-        return Fusion(self.weights.to(device), self.bias)
+    def anomaly_map(self, seen: Examined, config: Config) -> Tensor:
+        """The final map (B, 1, H, W) of a batch."""
+        if self.method == "plain":
+            raw = plain_map(seen.x, seen.normal, config.inference)
+        else:
+            views = stacked_views(seen, config.calibration, config.inference)
+            raw = self.fusion.anomaly_map(self.statistics.standardize(features(views, config.calibration)))
+        return blur_share(raw, config.inference.smooth_share)
+
+    def save(self, folder: str | Path) -> None:
+        """METHOD.npz with the arrays, then METHOD.json with the rest and the hash of the arrays."""
+        arrays = {"scores": self.scores}
+        if self.fusion is not None:
+            arrays |= {"mean": self.statistics.mean.cpu().numpy(), "std": self.statistics.std.cpu().numpy()}
+            arrays |= {"weights": self.fusion.weights.cpu().numpy(), "bias": np.float64(self.fusion.bias)}
+        path, description = _paths(folder, self.method)
+        description.unlink(missing_ok=True)  # removed first, written last: nobody takes new arrays for the old ones
+
+        def write(beside: Path) -> None:
+            with open(beside, "wb") as file:
+                np.savez(file, **arrays)
+
+        write_atomically(path, write)
+        named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error")
+        content = {name: getattr(self, name) for name in named}
+        views = {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}
+        write_json(description, {"format": FORMAT, **content, **views, "arrays_sha256": sha256(path)})
+
+    @classmethod
+    def load(cls, folder: str | Path, method: str) -> "Calibration | None":
+        """What `save` wrote, None where there is nothing; UsageError if it is damaged."""
+        path, description = _paths(folder, method)
+        if not description.is_file():
+            return None
+        try:
+            content = json.loads(description.read_text())
+            whole = content.pop("format") == FORMAT and content.pop("arrays_sha256") == sha256(path)
+            arrays = dict(np.load(path, allow_pickle=False)) if whole else None
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"{description} is damaged ({error}): remove {description.parent} to make it anew"
+            ) from error
+        if arrays is None:
+            raise UsageError(
+                f"{path} is not what {description.name} describes: remove {description.parent} to make it anew"
+            )
+        largest, names = content.pop("largest"), tuple(content.pop("view_names"))
+        statistics = fusion = None
+        if names:
+            statistics = PixelStatistics(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"]))
+            fusion = Fusion(torch.from_numpy(arrays["weights"]), float(arrays["bias"]), largest)
+        return cls(**content, scores=arrays["scores"], view_names=names, statistics=statistics, fusion=fusion)
 
 
-def fit_fusion(
-    normals: NormalViews, implanted: Iterable[tuple[int, Tensor, np.ndarray]], seed: int
-) -> tuple[Fusion, Tensor]:
-    """The fusion, and the map (N, 1, H, W) of each normal under the statistics of the others.
+def _paths(folder: str | Path, method: str) -> tuple[Path, Path]:
+    return Path(folder) / f"{method}.npz", Path(folder) / f"{method}.json"
 
-    implanted: of each corrupted image, the index of the normal it was made from, its views (1, V, H, W) and the changed pixels,
-    bool (H, W). Pixels are drawn with `seed`. Each image is standardized without the normal it is, or was made from.
+
+def shaping(model: Normalizer, config: Config) -> dict:
+    """Everything that a map depends on beside the image: a calibration made under anything else does not fit."""
+    walk = ("method", "noise_level", "solver", "steps", "draws", "alpha_l1", "beta_grad", "gamma_hf", "smooth_share")
+    settings = {name: getattr(config.inference, name) for name in (*walk, "top_share", "pixel_fpr")}
+    if config.inference.method == "calibrated":
+        settings |= asdict(config.calibration)
+    return json.loads(json.dumps({**model.identity, "seed": config.runtime.seed, **settings}))
+
+
+def calibrate(model: Normalizer, images: np.ndarray, config: Config) -> Calibration:
+    """Examine the validation normals (N, H, W) and read off them how views become a map, the thresholds, the colour
+    scales.
+
+    UsageError if there are too few of them, or a view in calibration.views is unknown.
     """
-    random = np.random.default_rng(seed)
-    rows, answers = [], []
+    calibrated = config.inference.method == "calibrated"
+    if calibrated:
+        check_views(config.calibration.views)
+    if len(images) < 1 + calibrated:
+        raise UsageError(
+            "too few validation normals: thresholds need one and inference.method calibrated two; add some to the "
+            "split val, or use --inference.method plain"
+        )
+    survey = _survey(model, images, config)
+    statistics = fusion = None
+    maps = survey.shown
+    if calibrated:
+        normals = NormalViews(survey.shown, config.calibration)
+        fusion, maps = _fuse(normals, model, images, config)
+        statistics = normals.statistics()
+    maps = blur_share(maps, config.inference.smooth_share)
+    quantile = float(np.quantile(maps.numpy(), COLOUR_QUANTILE))
+    scale = {"residual": survey.l1, "l1": survey.l1, "gradient": survey.gradient, "anomaly_map": quantile}
+    return Calibration(
+        method=config.inference.method,
+        belongs_to=shaping(model, config),
+        scores=image_score(maps, config.inference.top_share).numpy(),
+        pixel_threshold=threshold_from_normals(maps.numpy().ravel(), config.inference.pixel_fpr),
+        scale={name: max(1e-6, 2 * value) for name, value in scale.items()},
+        identity_error=survey.identity_error,
+        vae_error=survey.vae_error,
+        view_names=survey.names,
+        statistics=statistics,
+        fusion=fusion,
+    )
 
-    def add(deviations: Tensor, candidates: np.ndarray, most: int, answer: bool) -> None:
-        pixels = random.choice(candidates, min(most, len(candidates)), replace=False)
-        rows.append(evidence(deviations.flatten(2)[..., torch.from_numpy(pixels)])[0].T.numpy())
-        answers.append(np.full(len(pixels), answer))
 
-    def own(index: int) -> Tensor:
-        return normals.statistics_without(index).standardize(normals.views[index : index + 1])
+@dataclass(frozen=True)
+class _Survey:
+    """What one look at all validation normals gives."""
 
-    for index, views, changed in implanted:
-        deviations = normals.statistics_without(index).standardize(views)
-        add(deviations, np.flatnonzero(changed), PIXELS_INSIDE, True)
-        add(deviations, np.flatnonzero(~changed), PIXELS_OUTSIDE, False)
-    for index in range(len(normals.views)):
-        deviations = own(index)
-        add(deviations, np.arange(deviations[0, 0].numel()), PIXELS_NORMAL, False)
-    regression = LogisticRegression(C=REGULARIZATION, max_iter=500).fit(np.concatenate(rows), np.concatenate(answers))
-    fusion = Fusion(torch.from_numpy(regression.coef_[0]).float(), float(regression.intercept_[0]))
-    return fusion, torch.cat([fusion.anomaly_map(own(index)) for index in range(len(normals.views))])
+    shown: Tensor  # the plain maps (N, 1, H, W), or the views (N, V, H, W) in half precision
+    names: tuple[str, ...]  # of the views
+    l1: float  # what all but a thousandth of the pixels of a normal stay below, the mean over normals
+    gradient: float
+    identity_error: float
+    vae_error: float
+
+
+def _survey(model: Normalizer, images: np.ndarray, config: Config) -> _Survey:
+    """Examine all normals once, batch by batch."""
+    plain = config.inference.method == "plain"
+    shown, names, numbers = [], (), []
+    size = config.inference.batch_size
+    with tqdm(total=len(images), desc="validation normals", unit="image") as progress:
+        for first in range(0, len(images), size):
+            batch = torch.from_numpy(images[first : first + size]).unsqueeze(1)
+            seen = model.examine(batch, () if plain else config.calibration.levels)
+            if plain:
+                shown.append(plain_map(seen.x, seen.normal, config.inference).cpu())
+            else:
+                views = views_of(seen, config.calibration, config.inference)
+                names = tuple(views)
+                shown.append(torch.cat(list(views.values()), dim=1).half().cpu())
+            numbers.append(_numbers(seen))
+            progress.update(len(batch))
+    means = torch.cat(numbers).mean(0).tolist()
+    return _Survey(torch.cat(shown), names, *means)
+
+
+def _numbers(seen: Examined) -> Tensor:
+    """Of each image (B, 4): the ends of l1 and of gradient, the identity error, the error of the autoencoder alone."""
+    l1, gradient, _ = residual_components(seen.x, seen.normal)
+    ends = [_quantile(part) for part in (l1, gradient)]
+    alone = (seen.x - seen.reconstruction).abs()
+    return torch.stack([*ends, l1.flatten(1).mean(1), alone.flatten(1).mean(1)], dim=1).cpu()
+
+
+def _quantile(part: Tensor) -> Tensor:
+    """The colour quantile of each image, (B,); torch's own refuses large batches."""
+    values = part.flatten(1).cpu().numpy()
+    return torch.from_numpy(np.quantile(values, COLOUR_QUANTILE, axis=1).astype(np.float32)).to(part.device)
+
+
+def _fuse(normals: NormalViews, model: Normalizer, images: np.ndarray, config: Config) -> tuple[Fusion, Tensor]:
+    """The fusion, and the map (N, 1, H, W) of each normal. Each image is standardized without the normal it is or was
+    made of.
+    """
+    sample = PixelSample(config.calibration, config.runtime.seed)
+    for origin, views, changed in _corrupted(model, images, config):
+        deviations = normals.statistics_without(origin).standardize(features(views, config.calibration))
+        sample.add_corrupted(deviations, changed)
+    everyone = range(len(images))
+    for index in everyone:
+        sample.add_normal(_left_out(normals, index))
+    fusion = sample.fit()
+    return fusion, torch.cat([fusion.anomaly_map(_left_out(normals, index)) for index in everyone])
+
+
+def _left_out(normals: NormalViews, index: int) -> Tensor:
+    """The deviations of a normal under the statistics of the others."""
+    return normals.statistics_without(index).standardize(normals.features(index))
+
+
+def _corrupted(model: Normalizer, images: np.ndarray, config: Config) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+    """Corrupted copies of the normals: index of the normal, views (1, V, H, W), changed pixels, bool (H, W)."""
+    settings = config.calibration
+    with tqdm(total=settings.corrupted, desc="corrupted normals", unit="image") as progress:
+        for first in range(0, settings.corrupted, config.inference.batch_size):
+            numbers = range(first, min(first + config.inference.batch_size, settings.corrupted))
+            made = [_corrupt_one(images, number, config) for number in numbers]
+            batch = torch.from_numpy(np.stack([image for image, _ in made])).unsqueeze(1)
+            views = stacked_views(model.examine(batch, settings.levels), settings, config.inference).cpu()
+            for position, number in enumerate(numbers):
+                yield number % len(images), views[position : position + 1], made[position][1]
+            progress.update(len(numbers))
+
+
+def _corrupt_one(images: np.ndarray, number: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """The copy of that number and what changed in it; another normal lends what is pasted."""
+    random = np.random.default_rng((config.runtime.seed, number))
+    donor = images[random.integers(len(images))]
+    return corrupt(images[number % len(images)], donor, random, config.calibration)

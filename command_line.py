@@ -66,7 +66,8 @@ class CommandLine:
 def parse_command(description: str, argv: list[str] | None = None) -> CommandLine:
     """The command line: --preset and --outputs choose the defaults, any other flag overrides one field.
 
-    Raises UsageError, one line, for an unknown preset or flag and for a value its field refuses. --help ends the program.
+    Raises UsageError, one line, for an unknown preset or flag and for a value its field refuses. --help ends the
+    program.
     """
     import tyro
 
@@ -80,9 +81,9 @@ def parse_command(description: str, argv: list[str] | None = None) -> CommandLin
         raise UsageError(f"{error.argument_name}: {error.message}") from error
     defaults = preset(chosen.preset, chosen.outputs)
     text = (
-        f"{description}\n\nBefore any other flag is read, --preset {{{','.join(PRESETS)}}} chooses the defaults shown "
-        "below, and --outputs DIR puts everything the four phases write and hand on below DIR. Every default is a line of "
-        "config.py or presets.py."
+        f"{description}\n\nBefore any other flag is read, --preset {{{','.join(PRESETS)}}} chooses the defaults "
+        "shown below, and --outputs DIR puts everything the four phases write and hand on below DIR. Every default "
+        "is a line of config.py or presets.py."
     )
 
     def parsed(flags: list[str]) -> Config:

@@ -4,8 +4,8 @@ Edit a default here, or override any field when running a script:
 
     python train_vae.py --preset cpu --data.root ./data --vae.lr 1e-4
 
-Importing this file is cheap: it loads no torch. Lengths in an image are shares of its height, so that they mean the same
-at every resolution: 0.004 is one pixel at 256.
+Importing this file is cheap: it loads no torch. Lengths in an image are shares of its height, so that they mean the
+same at every resolution: 0.004 is one pixel at 256.
 """
 
 import math
@@ -29,14 +29,12 @@ def _require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def _require_range(name: str, value: float, low: float, high: float = math.inf) -> None:
-    upper = "" if high == math.inf else f" and at most {high:g}"
-    _require(math.isfinite(value) and low <= value <= high, f"{name} must be at least {low:g}{upper}, got {value}")
-
-
 def _require_ranges(phase: str, config: object, names: tuple[str, ...], low: float, high: float = math.inf) -> None:
+    upper = "" if high == math.inf else f" and at most {high:g}"
     for name in names:
-        _require_range(f"{phase}.{name}", getattr(config, name), low, high)
+        value = getattr(config, name)
+        inside = math.isfinite(value) and low <= value <= high
+        _require(inside, f"{phase}.{name} must be at least {low:g}{upper}, got {value}")
 
 
 def _require_positive(phase: str, config: object, names: tuple[str, ...]) -> None:
@@ -81,8 +79,8 @@ class DataConfig:
         ordered = 0 <= self.percentile_low < self.percentile_high <= 100
         _require(ordered, "data.percentile_low must lie below data.percentile_high, both in [0, 100]")
         _require_ranges("data", self, ("val_share", "test_share"), 0, 0.9)
-        _require_range("data.max_bad_share", self.max_bad_share, 0, 1)
-        _require_range("data.split_seed", self.split_seed, 0, 2**31 - 1)
+        _require_ranges("data", self, ("max_bad_share",), 0, 1)
+        _require_ranges("data", self, ("split_seed",), 0, 2**31 - 1)
         _require_ranges("data", self, ("cache_gb", "num_workers", "rotate_degrees", "brightness", "noise_std"), 0)
         _require_ranges("data", self, ("shift_share", "scale_share", "contrast", "gamma"), 0, 0.9)
 
@@ -148,8 +146,8 @@ class LatentConfig:
     output: str = "./outputs/phase2_latents"  # latents_{train,val}.npy and .pkl, latents.json
 
     def __post_init__(self):
-        _require_range("latent.batch_size", self.batch_size, 1)
-        _require_range("latent.augmented_copies", self.augmented_copies, 0)
+        _require_ranges("latent", self, ("batch_size",), 1)
+        _require_ranges("latent", self, ("augmented_copies",), 0)
         _require_positive("latent", self, ("outlier_std",))
 
 
@@ -170,13 +168,14 @@ class UNetConfig:
         entries = len(self.attention)
         _require(levels == entries, f"unet.attention needs {levels} entries, one per level, got {entries}")
         _require_ranges("unet", self, ("layers_per_block", "norm_groups", "attention_head_dim"), 1)
-        for channels, attends in zip(self.channels, self.attention, strict=True):
+        attention = (*self.attention[:-1], True)  # the middle, at the width of the last level, always attends
+        for channels, attends in zip(self.channels, attention, strict=True):
             divides = channels > 0 and channels % self.norm_groups == 0
             message = f"unet.channels must be multiples of unet.norm_groups = {self.norm_groups}, got {channels}"
             _require(divides, message)
             divides = not attends or channels % self.attention_head_dim == 0
             _require(divides, f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}")
-        _require_range("unet.dropout", self.dropout, 0, 0.9)
+        _require_ranges("unet", self, ("dropout",), 0, 0.9)
 
     @property
     def downsampling(self) -> int:
@@ -278,29 +277,24 @@ class InferenceConfig:
         _require(0 < self.top_share <= 1, f"inference.top_share must lie in (0, 1], got {self.top_share}")
         for name in ("image_fpr", "pixel_fpr"):
             _require(0 < getattr(self, name) < 1, f"inference.{name} must lie in (0, 1), got {getattr(self, name)}")
-        _require_range("inference.figures", self.figures, -1)
+        _require_ranges("inference", self, ("figures",), -1)
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """Phase 4, method calibrated: how views of what G changed become one map, as normals and corruptions of them teach."""
+    """Phase 4, method calibrated: how views of what G changed become one map."""
 
     # anomaly.py says what each is
     views: tuple[str, ...] = (
-        "residual", "change", "formula", "formula_of_change", "latent_distance", "heads", "latent_change"
-    )  # fmt: skip
-    levels: tuple[float, ...] = (
-        0.1,
-        0.2,
-        0.3,
-    )  # noise levels of the views; low ones keep detail, high ones remove more
-    blurs: tuple[float, ...] = (
-        0.004,
-        0.008,
-        0.016,
-    )  # of each view, sigmas as shares of the height: half a lesion's radius
+        *("vae_residual", "residual", "change", "formula", "formula_of_change"),
+        *("latent_distance", "heads", "latent_change"),
+    )
+    # noise levels of the views; low ones keep detail, high ones remove more
+    levels: tuple[float, ...] = (0.1, 0.2, 0.3)
+    # of each view, sigmas as shares of the height: half a lesion's radius
+    blurs: tuple[float, ...] = (0.004, 0.008, 0.016)
     alignment: float = 0.012  # sigma of the neighbourhood that shares its statistics: panoramics align only roughly
-    smallest_spread: float = 0.3  # of a view's mean spread; below it a pixel's own spread (in air) is not believed
+    smallest_spread: float = 0.3  # of a view's mean spread; a pixel's own spread below it (in air) is not believed
     largest_deviation: float = 10.0  # standard deviations; beyond, more of the same says nothing new
     # C of the logistic regression; less: smaller weights, since the views are many and alike
     regularization: float = 0.01
@@ -345,7 +339,7 @@ class RuntimeConfig:
     max_skipped_steps: int = 20  # steps in a row whose gradient is not finite before training stops; each is skipped
 
     def __post_init__(self):
-        _require_range("runtime.seed", self.seed, 0, 2**31 - 1)
+        _require_ranges("runtime", self, ("seed",), 0, 2**31 - 1)
         _require_ranges("runtime", self, ("checkpoint_every", "max_skipped_steps"), 1)
 
 

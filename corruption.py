@@ -1,53 +1,63 @@
-"""What does not belong: generic corruptions of a normal radiograph, the training pairs of repair (DESIGN of phase 3: L_repair).
+"""Leaf: what does not belong, generic corruptions of a normal radiograph that teach how to read what G changed.
 
-A corruption is a random shape with a random content at a random place. It imitates no disease: what G learns is that whatever
-does not fit its surroundings goes. Leaf module: numpy and SciPy only.
+A corruption is a random shape with a random content at a random place. It imitates no disease.
 """
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
-SMALLEST, LARGEST = 0.012, 0.20  # radius of a shape as a share of the image height, drawn on a logarithmic scale
-MOST_SHAPES = 4
-LEAST_CHANGE = 0.08  # mean change inside a shape, in units of [-1, 1], that counts as one
+from config import CalibrationConfig
 
 
-def corrupt(image: np.ndarray, donor: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A copy of `image` with one to four foreign shapes in it, and where they are.
+def corrupt(
+    image: np.ndarray, donor: np.ndarray, random: np.random.Generator, settings: CalibrationConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of `image` with foreign shapes in it, one to settings.most_corruptions, and where they are.
 
     image, donor: float32 (H, W) in [-1, 1]; the donor, another normal radiograph, lends what is pasted.
     Returns the corrupted image, float32 (H, W) in [-1, 1], and the changed pixels, bool (H, W).
     """
-    height, width = image.shape
-    corrupted, wanted, changed = image.copy(), int(random.integers(1, MOST_SHAPES + 1)), np.zeros(image.shape, bool)
+    corrupted = image.copy()
+    changed = np.zeros(image.shape, bool)
+    wanted = int(random.integers(1, settings.most_corruptions + 1))
     tries = 0
-    while wanted > 0 and (
-        tries < 3 * wanted or not changed.any()
-    ):  # a shape that happens to change nothing is drawn again
+    while wanted > 0 and (tries < 3 * wanted or not changed.any()):  # a shape that changes nothing is drawn again
         tries += 1
-        radius = height * np.exp(random.uniform(np.log(SMALLEST), np.log(LARGEST)))
-        centre = random.uniform(0.05, 0.95) * height, random.uniform(0.03, 0.97) * width
-        reach = int(np.ceil(2.5 * radius)) + 3
-        box = tuple(
-            slice(max(0, int(c) - reach), min(size, int(c) + reach + 1))
-            for c, size in zip(centre, image.shape, strict=True)
-        )
-        rows, columns = np.mgrid[box].astype(np.float32)
-        opacity = SHAPES[random.integers(len(SHAPES))](rows - centre[0], columns - centre[1], radius, random)
+        box, opacity, radius = _draw_shape(image.shape, random, settings)
         content = CONTENTS[random.integers(len(CONTENTS))](corrupted[box], donor, opacity, radius, random)
         mixed = np.clip(corrupted[box] + opacity * (content - corrupted[box]), -1, 1)
         difference = np.abs(mixed - corrupted[box])
         inside = opacity > 0.5
-        if not inside.any() or difference[inside].mean() < LEAST_CHANGE:
+        if not inside.any() or difference[inside].mean() < settings.least_change:
             continue
         corrupted[box] = mixed
-        changed[box] |= difference > LEAST_CHANGE / 2
+        changed[box] |= difference > settings.least_change / 2
         wanted -= 1
     return corrupted, changed
 
 
+def _draw_shape(
+    size: tuple[int, int], random: np.random.Generator, settings: CalibrationConfig
+) -> tuple[tuple[slice, slice], np.ndarray, float]:
+    """Where a shape lies, its opacity there in [0, 1], and its radius in pixels."""
+    height, width = size
+    low, high = np.log(settings.smallest_corruption), np.log(settings.largest_corruption)
+    radius = height * np.exp(random.uniform(low, high))
+    row, column = random.uniform(0.05, 0.95) * height, random.uniform(0.03, 0.97) * width
+    reach = int(np.ceil(2.5 * radius)) + 3
+    box = (
+        slice(max(0, int(row) - reach), min(height, int(row) + reach + 1)),
+        slice(max(0, int(column) - reach), min(width, int(column) + reach + 1)),
+    )
+    rows, columns = np.mgrid[box].astype(np.float32)
+    shape = SHAPES[random.integers(len(SHAPES))]
+    return box, shape(rows - row, columns - column, radius, random), radius
+
+
 def _soften(distance: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
-    """Opacity in [0, 1] from a signed distance in pixels, positive inside: from a hard edge to one as wide as half the radius."""
+    """Opacity in [0, 1] from a signed distance in pixels, positive inside: from a hard edge to one as wide as half the
+    radius.
+    """
     edge = np.exp(random.uniform(np.log(0.7), np.log(max(0.8, 0.5 * radius))))
     return np.clip(0.5 + distance / (2 * edge), 0, 1).astype(np.float32)
 

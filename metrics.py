@@ -1,9 +1,9 @@
 """How well anomalies are told from normals: per image, per pixel and per region, with the uncertainty of each.
 
-Everywhere: higher score = more anomalous, label 1 (or mask True) = abnormal, and something is flagged if its value > threshold.
-`maps` and `masks` are sequences of (H, W) arrays, or arrays (N, H, W). Pixel metrics pool the pixels of all images; they are exact,
-over every distinct value and with ties counted as ties, never over a grid of thresholds. A metric without anything to measure (one
-class only, no lesion pixel) is nan, and None in what `summarize` returns.
+Everywhere: higher score = more anomalous, label 1 (or mask True) = abnormal, and something is flagged if its value >
+threshold. `maps` and `masks` are sequences of (H, W) arrays, or arrays (N, H, W). Pixel metrics pool the pixels of all
+images; they are exact, over every distinct value and with ties counted as ties, never over a grid of thresholds. A
+metric without anything to measure (one class only, no lesion pixel) is nan, and None in what `summarize` returns.
 """
 
 import math
@@ -20,7 +20,9 @@ EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Chance that an abnormal image scores above a normal one, ties counting one half (Mann-Whitney U); nan with one class only."""
+    """Chance that an abnormal image scores above a normal one, ties counting one half (Mann-Whitney U); nan with one
+    class only.
+    """
     positives, negatives = _split(scores, labels)
     if len(positives) == 0 or len(negatives) == 0:
         return math.nan
@@ -30,7 +32,8 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Sum of precision times the gain in recall, over every distinct score (as in scikit-learn); nan with one class only.
+    """Sum of precision times the gain in recall, over every distinct score (as in scikit-learn); nan with one class
+    only.
 
     Its chance level is the share of abnormal images.
     """
@@ -41,7 +44,9 @@ def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """AUROC and average precision of scores (N,) for labels (N,) in {0, 1}; nan where only one class is there to compare."""
+    """AUROC and average precision of scores (N,) for labels (N,) in {0, 1}; nan where only one class is there to
+    compare.
+    """
     return {"auroc": auroc(scores, labels), "ap": average_precision(scores, labels)}
 
 
@@ -51,11 +56,12 @@ def pixel_average_precision(maps: Sequence, masks: Sequence) -> float:
 
 
 def aupro(maps: Sequence, masks: Sequence, fpr_limit: float = 0.3) -> float:
-    """Area under the per-region overlap curve up to a pixel false-positive rate (Bergmann et al. 2021, MVTec AD), in [0, 1].
+    """Area under the per-region overlap curve up to a pixel false-positive rate (Bergmann et al. 2021, MVTec AD), in
+    [0, 1].
 
-    At each threshold: the covered share of a lesion, averaged over lesions (8-connected regions of a mask, so that a small one counts
-    as much as a large one), against the share of all other pixels flagged. Straight lines join the thresholds and the area is divided
-    by fpr_limit. Masks of normal images are all False; nan without a lesion pixel.
+    At each threshold: the covered share of a lesion, averaged over lesions (8-connected regions of a mask, so that a
+    small one counts as much as a large one), against the share of all other pixels flagged. Straight lines join the
+    thresholds and the area is divided by fpr_limit. Masks of normal images are all False; nan without a lesion pixel.
     """
     if not 0 < fpr_limit <= 1:
         raise ValueError(f"fpr_limit must lie in (0, 1], got {fpr_limit}: 0.3 is the usual choice")
@@ -63,12 +69,16 @@ def aupro(maps: Sequence, masks: Sequence, fpr_limit: float = 0.3) -> float:
 
 
 def best_dice(maps: Sequence, masks: Sequence) -> tuple[float, float]:
-    """Highest pooled Dice any threshold reaches, and that threshold: an upper bound, as it was chosen on the masks; nan without lesions."""
+    """Highest pooled Dice any threshold reaches, and that threshold: an upper bound, as it was chosen on the masks;
+    nan without lesions.
+    """
     return _pixel_curve(maps, masks).best_dice()
 
 
 def dice_at(maps: Sequence, masks: Sequence, threshold: float) -> float:
-    """Dice = 2 TP / (flagged + lesion) over the pooled pixels, flagged where map > threshold; nan without a lesion pixel."""
+    """Dice = 2 TP / (flagged + lesion) over the pooled pixels, flagged where map > threshold; nan without a lesion
+    pixel.
+    """
     maps, masks = _check_maps(maps, masks)
     flagged = [m > np.float64(threshold) for m in maps]  # as float64: float32 maps would round the threshold
     hits = sum(int(np.count_nonzero(f & m)) for f, m in zip(flagged, masks, strict=True))
@@ -79,8 +89,9 @@ def dice_at(maps: Sequence, masks: Sequence, threshold: float) -> float:
 def threshold_from_normals(values: ArrayLike, fpr: float) -> float:
     """The smallest threshold with at most the share fpr of the normal values above it; flag what is > threshold.
 
-    Of n values it is the k-th highest but for k = floor(fpr n) above it, so with n < 1 / fpr it is their maximum. A new normal exceeds it
-    with probability (k + 1) / (n + 1) on average, somewhat more than fpr; `false_positive_interval` says how far that may be off.
+    Of n values it is the k-th highest but for k = floor(fpr n) above it, so with n < 1 / fpr it is their maximum. A
+    new normal exceeds it with probability (k + 1) / (n + 1) on average, somewhat more than fpr;
+    `false_positive_interval` says how far that may be off.
     """
     values = np.asarray(values).ravel()
     if not 0 <= fpr < 1:
@@ -94,9 +105,10 @@ def threshold_from_normals(values: ArrayLike, fpr: float) -> float:
 def false_positive_interval(n_normals: int, fpr: float, confidence: float = 0.95) -> tuple[float, float]:
     """Where the true false-positive rate lies if `threshold_from_normals` set the threshold from n independent normals.
 
-    With k = floor(fpr n), a continuous score exceeds its (n - k)-th order statistic with a probability that is itself random,
-    Beta(k + 1, n - k) (David & Nagaraja 2003, Order Statistics, 2.5; Vovk 2012, Conditional validity of inductive conformal predictors);
-    ties only lower it. For image scores, one per patient: pixels of one image are not independent.
+    With k = floor(fpr n), a continuous score exceeds its (n - k)-th order statistic with a probability that is itself
+    random, Beta(k + 1, n - k) (David & Nagaraja 2003, Order Statistics, 2.5; Vovk 2012, Conditional validity of
+    inductive conformal predictors); ties only lower it. For image scores, one per patient: pixels of one image are not
+    independent.
     """
     if n_normals < 1 or not 0 <= fpr < 1 or not 0 < confidence < 1:
         raise ValueError(
@@ -115,10 +127,12 @@ def bootstrap_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of statistic(*arrays) under a cluster bootstrap (Efron & Tibshirani 1993): whole groups are redrawn.
+    """Percentile interval of statistic(*arrays) under a cluster bootstrap (Efron & Tibshirani 1993): whole groups are
+    redrawn.
 
-    groups (N,) names the patient of each row of the arrays (N, ...); all images of a drawn patient come along, since they are not
-    independent. Resamples where the statistic is nan are left out; (nan, nan) with fewer than two groups or nothing left.
+    groups (N,) names the patient of each row of the arrays (N, ...); all images of a drawn patient come along, since
+    they are not independent. Resamples where the statistic is nan are left out; (nan, nan) with fewer than two groups
+    or nothing left.
     """
     arrays = [np.asarray(a) for a in arrays]
     names, group = np.unique(np.asarray(groups).astype(str), return_inverse=True)
@@ -136,7 +150,9 @@ def bootstrap_interval(
 
 
 def psnr(x: ArrayLike, y: ArrayLike, data_range: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB of two images whose values span data_range (2 for [-1, 1]); inf if they are equal."""
+    """Peak signal-to-noise ratio in dB of two images whose values span data_range (2 for [-1, 1]); inf if they are
+    equal.
+    """
     error = np.mean((np.asarray(x, dtype=np.float64) - np.asarray(y, dtype=np.float64)) ** 2)
     return float(10 * np.log10(data_range**2 / error)) if error > 0 else math.inf
 
@@ -154,11 +170,13 @@ def summarize(
     pixel_threshold: float,
     patients: Sequence[str],
 ) -> dict:
-    """Everything for metrics.json: `overall`, `kinds` (each lesion kind against all normals) and `mean_over_kinds`; undefined is None.
+    """Everything for metrics.json: `overall`, `kinds` (each lesion kind against all normals) and `mean_over_kinds`;
+    undefined is None.
 
-    All arguments have one entry per image. Image metrics come with a 95 % patient-bootstrap interval. Pixel metrics take the normals, as empty
-    masks, and the abnormal images that have a map and a mask with a lesion in it; a map of None is left out. `dice` is at pixel_threshold,
-    which comes from validation normals; `best_dice` is an upper bound. `mean_over_kinds` skips kinds where a metric is undefined.
+    All arguments have one entry per image. Image metrics come with a 95 % patient-bootstrap interval. Pixel metrics
+    take the normals, as empty masks, and the abnormal images that have a map and a mask with a lesion in it; a map of
+    None is left out. `dice` is at pixel_threshold, which comes from validation normals; `best_dice` is an upper bound.
+    `mean_over_kinds` skips kinds where a metric is undefined.
     """
     scores, labels, kinds, patients = (
         np.asarray(scores, dtype=np.float64),
@@ -230,8 +248,8 @@ def _json_ready(value):
 class _Curve:
     """What is flagged at each threshold, for the K distinct values of the positives, highest first.
 
-    Between two of them only negatives are added: true positives and overlap stay, precision and Dice can only fall. So these K are all
-    that matters, and the many negatives need a sort but no curve of their own.
+    Between two of them only negatives are added: true positives and overlap stay, precision and Dice can only fall. So
+    these K are all that matters, and the many negatives need a sort but no curve of their own.
     """
 
     thresholds: NDArray  # (K,), falling
@@ -267,7 +285,7 @@ class _Curve:
     def aupro(self, fpr_limit: float) -> float:
         if len(self.thresholds) == 0 or self.n_negatives == 0:
             return math.nan
-        # Each threshold is a step: first the negatives above it, at the old overlap, then what ties with it, on a slope.
+        # Each threshold is a step: first the negatives above it, at the old overlap, then what ties with it, sloping.
         fpr = np.stack([self.negatives_above, self.negatives_at], axis=1).ravel() / self.n_negatives
         overlap = np.minimum(np.stack([np.concatenate([[0.0], self.overlap[:-1]]), self.overlap], axis=1).ravel(), 1.0)
         fpr, overlap = np.concatenate([[0.0], fpr, [1.0]]), np.concatenate([[0.0], overlap, [1.0]])

@@ -1,125 +1,161 @@
-"""The normalizer G with its trained networks, and the views of what G changed.
+"""The normalizer G with its networks, loaded from the checkpoints of phases 1 and 3: a radiograph to its nearest
+normal version.
 
-Images are (B, 1, H, W) in [-1, 1]. The plain map is one view, the mission's formula. The calibrated map is made of many: at several
-noise levels, G's one-step estimate is compared with the image, with the VAE's own reconstruction and with the latent, and its two
-heads with each other. A lesion shows in some of them; `calibration.py` knows what each shows on normals.
+    G = Normalizer.load("outputs/phase1_vae/checkpoint_best.pt", "outputs/phase3_flowdiff/checkpoint_best.pt")
+    x = G.read("radiograph.dcm")            # (1, 1, H, W) in [-1, 1], prepared as in training
+    normal = G(x)                           # the same shape; what it changed is the anomaly
+
+`examine` says more: G's one-step estimates at several noise levels, which `anomaly.py` looks at. Images are (B, 1, H,
+W).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from config import Config, InferenceConfig, UNetConfig, rebuild_phase
+from config import DataConfig, InferenceConfig, UNetConfig, UsageError, rebuild_phase
+from files import load_checkpoint, sha256
 from flowdiff_model import FlowDiffUNet
-from flowdiff_process import at_unit_variance, clean_from_noise, clean_from_velocity, interpolate, normalizer
-from image_ops import residual_components
+from flowdiff_process import clean_from_noise, clean_from_velocity, interpolate, normalizer, two_heads
 from latent_dataset import LatentStandard
 from model import RadiographVAE, rebuild_vae
+from radiographs.geometry import fit_image
+from radiographs.membership import Membership
+from radiographs.reading import read_radiograph, rescale
 from runtime import generator
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """The clean estimates from one noise level in one step, each the mean over the draws."""
+
+    z: Tensor  # of the flow head, standardized, (B, C, h, w)
+    z_diffusion: Tensor  # of the diffusion head
+    x: Tensor  # of the flow head, decoded and clipped to [-1, 1], (B, 1, H, W)
+
+
+@dataclass(frozen=True)
 class Examined:
-    """What G says of a batch before calibration: images and components (B, 1, H, W)."""
+    """What G says of a batch before any judgement; images (B, 1, H, W), latents (B, C, h, w)."""
 
     x: Tensor
+    z: Tensor  # the encoded image, standardized
     normal: Tensor  # G(x), clipped to [-1, 1]
     reconstruction: Tensor  # dec(enc(x)), clipped to [-1, 1]: the error G would make if it changed nothing
-    l1: Tensor
-    gradient: Tensor
-    views: Tensor  # (B, V, H, W): what the anomaly map is made of
+    estimates: dict[float, Estimate]  # by noise level
 
 
 class Normalizer:
     """G with the networks of phases 1 and 3, each rebuilt from its own checkpoint, in float32."""
 
-    def __init__(self, vae_checkpoint: dict, flow_checkpoint: dict, config: Config, device: torch.device):
-        self.settings, self.seed, self.device = config.inference, config.runtime.seed, device
-        self.vae: RadiographVAE = rebuild_vae(vae_checkpoint).to(device)
-        self.standard = LatentStandard(tuple(flow_checkpoint["mean"]), tuple(flow_checkpoint["std"]))
-        self.network = FlowDiffUNet(
-            rebuild_phase(UNetConfig, flow_checkpoint["config"]["unet"]), flow_checkpoint["latent_channels"]
-        )
-        self.network.load_state_dict(flow_checkpoint["weights"])
-        self.network.to(device).requires_grad_(False).eval()
+    def __init__(
+        self,
+        vae: RadiographVAE,
+        network: FlowDiffUNet,
+        standard: LatentStandard,
+        settings: InferenceConfig = InferenceConfig(),  # noqa: B008 (frozen)
+        seed: int = 0,
+    ):
+        self.vae, self.network, self.standard = vae, network, standard
+        self.settings, self.seed = settings, seed
+        self.artefact: dict = {}  # preprocessing and split, as the checkpoint says
+        self.identity: dict[str, str] = {}  # SHA-256 of both checkpoints
+        self.members: list[Membership] = []
 
-    def predict(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.network(at_unit_variance(z_t, t), t)
+    @classmethod
+    def load(
+        cls,
+        vae_checkpoint: str | Path,
+        flow_checkpoint: str | Path,
+        settings: InferenceConfig = InferenceConfig(),  # noqa: B008 (frozen)
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> "Normalizer":
+        """From two files; UsageError if one is missing or damaged, or if the flow belongs to another VAE.
 
-    def draws(self, z: Tensor) -> list[Tensor]:
-        """The noise of each draw, the shape of z. Every image gets the same: its score must not depend on its neighbours."""
-        noises = (
-            torch.randn(z.shape[1:], generator=generator(self.seed, "inference", draw))
-            for draw in range(self.settings.draws)
-        )
-        return [noise.to(z.device).expand_as(z) for noise in noises]
+        settings says how far out G walks and how back; seed fixes its noise.
+        """
+        vae_content = load_checkpoint(vae_checkpoint, "vae", "python train_vae.py")
+        flow_content = load_checkpoint(flow_checkpoint, "flowdiff", "python train_flowdiff.py")
+        identity = {"vae_sha256": sha256(vae_checkpoint), "flow_sha256": sha256(flow_checkpoint)}
+        if flow_content["vae_sha256"] != identity["vae_sha256"]:
+            raise UsageError(
+                f"{flow_checkpoint} was trained on latents of another VAE than {vae_checkpoint}: give the VAE it was "
+                "trained with, or rerun python extract_latents.py and python train_flowdiff.py"
+            )
+        unet = rebuild_phase(UNetConfig, flow_content["config"]["unet"])
+        network = FlowDiffUNet(unet, flow_content["latent_channels"])
+        network.load_state_dict(flow_content["weights"])
+        network.to(device).requires_grad_(False).eval()
+        standard = LatentStandard(tuple(flow_content["mean"]), tuple(flow_content["std"]))
+        loaded = cls(rebuild_vae(vae_content).to(device), network, standard, settings, seed)
+        loaded.artefact = {name: flow_content[name] for name in ("preprocessing", "split")}
+        loaded.identity = identity
+        loaded.members = [Membership.from_plain(stored) for stored in flow_content["members"]]
+        return loaded
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are, and where results lie."""
+        return next(self.network.parameters()).device
+
+    def trained_on(self, patient: str | None, digest: str) -> bool:
+        """Whether this patient, or this very picture, trained one of the two networks."""
+        return any(members.trained(patient, digest) for members in self.members)
+
+    def read(self, path: str | Path) -> Tensor:
+        """One file as the networks know radiographs, (1, 1, H, W) in [-1, 1]; ImageReadError if it is none."""
+        how = DataConfig(**self.artefact["preprocessing"])
+        x = rescale(read_radiograph(path), how.percentile_low, how.percentile_high)
+        return torch.from_numpy(fit_image(x, how.height, how.width, how.fit))[None, None]
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """G(x), clipped to [-1, 1], shape of x."""
+        return self.decode(self.normal_latent(self.encode(x.to(self.device))))
+
+    @torch.no_grad()
+    def examine(self, x: Tensor, levels: Sequence[float] = ()) -> Examined:
+        """Everything about a batch of images (B, 1, H, W) in [-1, 1], with the one-step estimates at these noise
+        levels.
+        """
+        x = x.to(self.device)
+        z = self.encode(x)
+        estimates = {level: self.estimate(z, level) for level in levels}
+        return Examined(x, z, self.decode(self.normal_latent(z)), self.decode(z), estimates)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The standardized latent of x, (B, C, h, w)."""
+        return self.standard.standardize(self.vae.encode(x)[0])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The image of a standardized latent, clipped to [-1, 1]."""
+        return self.vae.decode(self.standard.raw(z)).clamp(-1, 1)
 
     def normal_latent(self, z: Tensor) -> Tensor:
         """G(z), the mean over the draws, (B, C, h, w)."""
         level, steps, solver = self.settings.noise_level, self.settings.steps, self.settings.solver
-        return torch.stack([normalizer(self.predict, z, level, noise, steps, solver) for noise in self.draws(z)]).mean(
-            0
-        )
+        heads = two_heads(self.network)
+        return torch.stack([normalizer(heads, z, level, noise, steps, solver) for noise in self.draws(z)]).mean(0)
 
-    def clean_estimates(self, z: Tensor, level: float) -> tuple[Tensor, Tensor]:
-        """The one-step clean estimates of the flow head and of the diffusion head at this noise level, each the mean over the draws."""
+    def estimate(self, z: Tensor, level: float) -> Estimate:
+        """One step back from this noise level by each head, the mean over the draws."""
         by_flow, by_diffusion = torch.zeros_like(z), torch.zeros_like(z)
         t = torch.full((len(z),), level, device=z.device)
         for noise in self.draws(z):
             z_t = interpolate(z, noise, level)
-            noise_hat, velocity = self.predict(z_t, t)
+            noise_hat, velocity = two_heads(self.network)(z_t, t)
             by_flow += clean_from_velocity(z_t, velocity, t) / self.settings.draws
             by_diffusion += clean_from_noise(z_t, noise_hat, t) / self.settings.draws
-        return by_flow, by_diffusion
+        return Estimate(by_flow, by_diffusion, self.decode(by_flow))
 
-    @torch.no_grad()
-    def examine(self, images: Tensor) -> Examined:
-        """Everything about a batch of images (B, 1, H, W) in [-1, 1]."""
-        x = images.to(self.device)
-        z = self.standard.standardize(self.vae.encode(x)[0])
-        reconstruction, normal = self.decode(z), self.decode(self.normal_latent(z))
-        l1, gradient, hf = residual_components(x, normal)
-        if self.settings.method == "plain":
-            views = combine(l1, gradient, hf, self.settings)
-        else:
-            views = torch.cat(
-                [x - reconstruction, *(self.views(x, z, reconstruction, level) for level in self.settings.levels)],
-                dim=1,
-            )
-        return Examined(x, normal, reconstruction, l1, gradient, views)
-
-    def views(self, x: Tensor, z: Tensor, reconstruction: Tensor, level: float) -> Tensor:
-        """What G's one-step estimate at this noise level changed, (B, 6 + C, H, W); residuals keep their sign."""
-        z_normal, z_diffusion = self.clean_estimates(z, level)
-        normal = self.decode(z_normal)
-        return torch.cat(
-            [
-                x - normal,
-                reconstruction - normal,  # without what the VAE alone lost
-                combine(*residual_components(x, normal), self.settings),
-                combine(*residual_components(reconstruction, normal), self.settings),
-                enlarge(
-                    (z - z_normal).abs().mean(dim=1, keepdim=True), x
-                ),  # what changed before the decoder can hide it
-                enlarge(
-                    (z_diffusion - z_normal).abs().mean(dim=1, keepdim=True), x
-                ),  # the two heads disagree where neither has been
-                enlarge(z - z_normal, x),
-            ],
-            dim=1,
-        )
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(self.standard.raw(z)).clamp(-1, 1)
-
-
-def combine(l1: Tensor, gradient: Tensor, hf: Tensor, settings: InferenceConfig) -> Tensor:
-    """The plain anomaly map (B, 1, H, W) from its three components."""
-    return settings.alpha_l1 * l1 + settings.beta_grad * gradient + settings.gamma_hf * hf
-
-
-def enlarge(latent: Tensor, x: Tensor) -> Tensor:
-    """A latent quantity at the size of x, bilinear."""
-    return F.interpolate(latent, size=x.shape[-2:], mode="bilinear", align_corners=False)
+    def draws(self, z: Tensor) -> list[Tensor]:
+        """The noise of each draw, the shape of z. Every image gets the same: its score must not depend on its
+        neighbours.
+        """
+        keys = [(self.seed, "inference", draw) for draw in range(self.settings.draws)]
+        noises = (torch.randn(z.shape[1:], generator=generator(*key)) for key in keys)
+        return [noise.to(z.device).expand_as(z) for noise in noises]

@@ -1,4 +1,4 @@
-"""Leaf: the presets, as a table of what differs from the defaults of config.py; and --outputs, which moves every path."""
+"""Leaf: the presets, as a table of what differs from the defaults of config.py, and --outputs, which moves paths."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ TABLE = (
     ("vae.steps",                     450,                     100),
     ("vae.validate_every",            75,                      50),
     ("vae.log_every",                 25,                      10),
-    ("latent.augmented_copies",       4,                       8),
+    ("latent.augmented_copies",       SAME,                    8),
     ("unet.channels",                 (64, 128, 192),          (64, 128, 128)),
     ("unet.layers_per_block",         1,                       1),
     ("unet.attention",                (False, False, True),    (False, False, True)),

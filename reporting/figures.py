@@ -1,12 +1,10 @@
 """Pictures of what the pipeline does: result panels, image grids, loss curves. The only file that imports matplotlib.
 
-Images are (H, W) arrays in [-1, 1]. Colour maps are readable with any colour vision: magma for what is >= 0, a diverging red-blue for what
-has a sign. Figures hold no file paths and no patient data, only what the caller writes into a title, and the same input gives the same
-bytes under the same matplotlib. A PNG appears whole or not at all.
+Images are (H, W) arrays in [-1, 1]. Colour maps are readable with any colour vision: magma for what is >= 0, a
+diverging red-blue for what has a sign. Figures hold no file paths and no patient data, only what the caller writes
+into a title, and the same input gives the same bytes under the same matplotlib. A PNG appears whole or not at all.
 """
 
-import io
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +21,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
+from files import write_atomically
+
 DPI = 100
 GREY, SIGNED, HEAT = "gray", "RdBu_r", "magma"  # RdBu_r: red where x is brighter than G(x)
 OUTLINE = {
@@ -35,7 +35,9 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 
 @dataclass(frozen=True)
 class ColourScale:
-    """Where each colour bar ends, one set for all images of a run, so that they can be compared; values beyond take the last colour."""
+    """Where each colour bar ends, one set for all images of a run, so that they can be compared; values beyond take
+    the last colour.
+    """
 
     residual: float  # the bar runs from -residual to +residual
     l1: float
@@ -46,7 +48,8 @@ class ColourScale:
         for name, value in vars(self).items():
             if not (np.isfinite(value) and value > 0):
                 raise ValueError(
-                    f"the colour scale of {name} must be finite and above 0, got {value}: take a high percentile over validation normals"
+                    f"the colour scale of {name} must be finite and above 0, got {value}: take a high percentile over "
+                    "validation normals"
                 )
 
 
@@ -97,7 +100,7 @@ class _ResultFigure:
     )
 
     def __init__(self, shape: tuple[int, int]):
-        # In pixels: the longer side of a panel is at least 406 (1500 for the figure) and, up to 640, no smaller than the image.
+        # In pixels: the longer side of a panel is at least 406 (1500 a figure), up to 640 no smaller than the image.
         longer = min(max(406, *shape), 640)
         self.height, self.width = (max(round(longer * side / max(shape)), 96) for side in shape)
         self.size = (12 + 3 * (self.width + 90), 46 + 2 * (self.height + 36))
@@ -166,7 +169,9 @@ _result_figure = lru_cache(maxsize=4)(_ResultFigure)
 
 
 def _outline(mask: ArrayLike) -> list[NDArray]:
-    """The border of a mask (H, W) as lines of (x, y) in pixel coordinates; closed also where it touches the edge of the image."""
+    """The border of a mask (H, W) as lines of (x, y) in pixel coordinates; closed also where it touches the edge of
+    the image.
+    """
     padded = np.pad(np.asarray(mask).astype(np.float32), 1)
     return [line - 1 for line in contourpy.contour_generator(z=padded).lines(0.5)]
 
@@ -178,16 +183,17 @@ def save_grid(
     columns: int = 8,
     signed: Collection[str] = (),
 ) -> None:
-    """Labelled rows of images: each row is (label, (N, H, W)), grey from -1 to 1; more than `columns` images go on below, all rows together.
+    """Labelled rows of images: each row is (label, (N, H, W)), grey from -1 to 1; more than `columns` images go on
+    below, all rows together.
 
-    A row whose label is in `signed`, such as a residual, is red and blue around 0, up to the 99.9th percentile of its absolute values, which
-    stands in its label. titles (N) stand above the images.
+    A row whose label is in `signed`, such as a residual, is red and blue around 0, up to the 99.9th percentile of its
+    absolute values, which stands in its label. titles (N) stand above the images.
     """
     arrays = [(label, np.asarray(images, dtype=np.float32)) for label, images in rows]
     shapes = {images.shape for _, images in arrays}
     if len(shapes) != 1 or min(*next(iter(shapes)), 1) < 1 or arrays[0][1].ndim != 3:
         raise ValueError(
-            f"a grid needs rows of one shape (N, H, W) with N >= 1, got {sorted(shapes)}: give every row the same images"
+            f"a grid needs rows of one shape (N, H, W), N >= 1, got {sorted(shapes)}: give every row the same images"
         )
     count, height, width = arrays[0][1].shape
     columns, blocks = min(columns, count), -(-count // columns)
@@ -222,11 +228,12 @@ def save_grid(
 def save_curves(path: str | Path, series: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> None:
     """Curves over training steps: name -> (steps, values), at most 8; logarithmic where all values are above 0.
 
-    The legend gives each curve's last value. Values that are not finite are left out, and curves that are 0 throughout are only named.
+    The legend gives each curve's last value. Values that are not finite are left out, and curves that are 0 throughout
+    are only named.
     """
     if len(series) > len(OKABE_ITO):
         raise ValueError(
-            f"{len(series)} curves in one figure cannot be told apart: split them into figures of at most {len(OKABE_ITO)}"
+            f"{len(series)} curves in one figure cannot be told apart: draw at most {len(OKABE_ITO)} in one"
         )
     figure = Figure(figsize=(10, 5), dpi=DPI)
     axes = figure.add_axes((0.08, 0.11, 0.64, 0.8))
@@ -257,12 +264,6 @@ def save_curves(path: str | Path, series: Mapping[str, tuple[ArrayLike, ArrayLik
 
 
 def _write_png(path: str | Path, figure: Figure) -> None:
-    """Draw into memory, write beside, rename: whoever looks finds a whole picture or none."""
-    path, buffer = Path(path), io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"compress_level": 4})
-    beside = path.with_name(path.name + ".tmp")
-    with open(beside, "wb") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    """A whole picture or none."""
+    options = {"format": "png", "dpi": DPI, "metadata": {"Software": None}, "pil_kwargs": {"compress_level": 4}}
+    write_atomically(path, lambda beside: figure.savefig(beside, **options))

@@ -1,112 +1,230 @@
-"""Per-pixel statistics of normals, the fusion of views, and scores that mean the same for a normal inside and outside the calibration set."""
+"""What normals say: statistics that leave each normal out, thresholds, p-values, and files that say whose they are."""
+
+import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
-from sklearn.linear_model import LogisticRegression
 
-from calibration import ALIGNMENT_SIGMA, BLURS, Fusion, NormalViews, evidence, features, fit_fusion, pixel_statistics
+from calibration import Calibration, NormalViews, calibrate, features, pixel_statistics, shaping
+from config import CalibrationConfig, Config, InferenceConfig, UNetConfig, UsageError, VAEConfig
+from flowdiff_model import FlowDiffUNet
 from image_ops import gaussian_blur
+from latent_dataset import LatentStandard
+from metrics import false_positive_interval
+from model import pretrained_vae
+from normalizer import Normalizer
 
-VIEWS, HEIGHT, WIDTH = 2, 24, 64
+VIEWS, HEIGHT, WIDTH = 2, 32, 64
+SETTINGS = CalibrationConfig(blurs=(1 / 32, 2 / 32), alignment=3 / 32)  # 1, 2 and 3 pixels
 
 
-def normals(count, seed=0):
+def views_of_normals(count, seed=0):
     """Noise around 2, five times as strong in the right half; the second view in units a thousand times as large."""
     noise = torch.randn(count, VIEWS, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
     noise[..., WIDTH // 2 :] *= 5
     return (2 + noise) * torch.tensor([0.01, 10.0]).view(1, 2, 1, 1)
 
 
-def implants(count, views):
-    """Each normal with a square in its second view, bright and dark in turn."""
-    for number in range(count):
-        copy, changed = views[number % len(views)].clone().unsqueeze(0), np.zeros((HEIGHT, WIDTH), bool)
-        row, column = number % (HEIGHT - 5), (5 * number) % (WIDTH // 2 - 5)
-        changed[row : row + 5, column : column + 5] = True
-        copy[0, 1][torch.from_numpy(changed)] += 30 * (-1) ** number
-        yield number % len(views), copy, changed
+# ---------------------------------------------------------------- statistics
 
 
-@pytest.fixture(scope="module")
-def fitted():
-    views = normals(30)
-    known = NormalViews(views)
-    return known, *fit_fusion(known, implants(30, views), seed=0)
+def test_features_are_the_views_at_every_blur_in_shares_of_the_height():
+    views = views_of_normals(3)
+    expected = torch.cat([gaussian_blur(views, sigma) for sigma in (1.0, 2.0)], dim=1)
+    torch.testing.assert_close(features(views, SETTINGS), expected)
 
 
-def test_mean_and_spread_are_those_of_the_neighbourhood():
+def test_mean_and_spread_are_those_of_numpy_where_statistics_are_not_shared():
     values = torch.randn(50, 3, 16, 24, dtype=torch.float64)
-    statistics = pixel_statistics(values.sum(0, keepdim=True), values.square().sum(0, keepdim=True), 50)
-    mean = gaussian_blur(values.mean(0, keepdim=True), ALIGNMENT_SIGMA)
-    torch.testing.assert_close(statistics.mean, mean)
-    torch.testing.assert_close(
-        statistics.std.square(), gaussian_blur(values.square().mean(0, keepdim=True), ALIGNMENT_SIGMA) - mean.square()
-    )
+    alone = dataclasses.replace(SETTINGS, alignment=0.0, smallest_spread=0.0)
+    sums = values.sum(0, keepdim=True), values.square().sum(0, keepdim=True)
+    statistics = pixel_statistics(*sums, 50, alone)
+    np.testing.assert_allclose(statistics.mean[0], values.numpy().mean(0), atol=1e-12)
+    np.testing.assert_allclose(statistics.std[0], values.numpy().std(0), rtol=1e-9)
 
 
-def test_features_are_the_views_at_every_blur():
-    views = normals(3)
-    for number, sigma in enumerate(BLURS):
-        torch.testing.assert_close(
-            features(views)[:, number * VIEWS : (number + 1) * VIEWS], gaussian_blur(views, sigma)
-        )
+def test_neighbours_that_differ_in_mean_add_to_the_spread():
+    """Two columns of constants 0 and 1, seen through a wide neighbourhood: variance p (1 - p) = 1/4 at the border."""
+    values = torch.zeros(1, 1, 8, 64, dtype=torch.float64)
+    values[..., 32:] = 1
+    wide = dataclasses.replace(SETTINGS, alignment=0.5, smallest_spread=0.0)
+    statistics = pixel_statistics(10 * values, 10 * values.square(), 10, wide)
+    assert float(statistics.std[0, 0, 4, 31:33].mean()) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("half", [slice(0, WIDTH // 2 - 20), slice(WIDTH // 2 + 20, WIDTH)], ids=["quiet", "noisy"])
-def test_normals_deviate_by_about_one_standard_deviation_wherever_they_vary_little_or_much(half):
-    known, new = NormalViews(normals(80)), normals(80, seed=1)
-    deviations = known.statistics().standardize(new)[:, :VIEWS, :, half]
+def test_normals_deviate_by_one_standard_deviation_wherever_they_vary_little_or_much(half):
+    known, new = NormalViews(views_of_normals(80), SETTINGS), views_of_normals(80, seed=1)
+    deviations = known.statistics().standardize(features(new, SETTINGS))[:, :VIEWS, :, half]
     torch.testing.assert_close(deviations.mean((0, 2, 3)), torch.zeros(VIEWS), atol=0.1, rtol=0)
     torch.testing.assert_close(deviations.std((0, 2, 3)), torch.ones(VIEWS), atol=0.1, rtol=0)
 
 
 def test_each_normal_is_left_out_of_its_own_statistics():
-    views = normals(10)
-    without, others = NormalViews(views).statistics_without(0), NormalViews(views[1:]).statistics()
+    views = views_of_normals(10)
+    without, others = (
+        NormalViews(views, SETTINGS).statistics_without(0),
+        NormalViews(views[1:], SETTINGS).statistics(),
+    )
     torch.testing.assert_close(without.mean, others.mean)
     torch.testing.assert_close(without.std, others.std, rtol=1e-3, atol=1e-5)
 
 
-def test_the_map_is_minus_the_log_of_the_probability_scikit_learn_gives():
+# ---------------------------------------------------------------- thresholds and p-values
+
+
+def calibration(scores, **changes):
+    given = {
+        "method": "plain",
+        "belongs_to": {"seed": 0},
+        "pixel_threshold": 0.5,
+        "identity_error": 0.1,
+        "vae_error": 0.05,
+    }
+    scale = {"residual": 1.0, "l1": 1.0, "gradient": 0.5, "anomaly_map": 2.0}
+    return Calibration(scores=np.asarray(scores), scale=scale, **given | changes)
+
+
+def test_a_p_value_counts_the_normals_that_score_as_high_and_the_image_itself():
+    known = calibration([1.0, 2.0, 3.0, 4.0])
+    assert [known.p_value(score) for score in (5.0, 4.0, 2.5, 0.0)] == [1 / 5, 2 / 5, 3 / 5, 1.0]
+
+
+def test_p_values_of_new_normals_are_uniform():
     rng = np.random.default_rng(0)
-    rows, answers = rng.normal(size=(500, 6)).astype(np.float32), rng.random(500) < 0.3
-    regression = LogisticRegression().fit(
-        evidence(torch.from_numpy(rows)[:, :, None, None])[..., 0, 0].numpy(), answers
-    )
-    fusion = Fusion(torch.from_numpy(regression.coef_[0]).float(), float(regression.intercept_[0]))
-    ours = fusion.anomaly_map(torch.from_numpy(rows)[:, :, None, None])[:, 0, 0, 0]
-    theirs = -regression.predict_log_proba(evidence(torch.from_numpy(rows)[:, :, None, None])[..., 0, 0].numpy())[:, 0]
-    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-5)
+    values = [calibration(rng.normal(size=19)).p_value(rng.normal()) for _ in range(4000)]
+    for level in (0.05, 0.25, 0.5):
+        assert np.mean(np.array(values) <= level + 1e-9) == pytest.approx(level, abs=0.03)
 
 
-def test_what_differs_from_normals_lights_up_at_its_place(fitted):
-    known, fusion, _ = fitted
-    _, odd, changed = list(implants(8, normals(8, seed=2)))[7]
-    anomaly_map = fusion.anomaly_map(known.statistics().standardize(odd))[0, 0].numpy()
-    assert anomaly_map[changed].min() > np.quantile(anomaly_map[~changed], 0.9)
+def test_the_rate_of_false_alarms_on_new_normals_lies_in_the_stated_interval():
+    rng = np.random.default_rng(1)
+    low, high = false_positive_interval(40, 0.05)
+    thresholds = [calibration(rng.random(40)).score_threshold(0.05) for _ in range(2000)]
+    inside = [low <= 1 - threshold <= high for threshold in thresholds]  # of uniform scores 1 - threshold lies above
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.02)
 
 
-@pytest.mark.parametrize("shift", [-30.0, 30.0])
-def test_a_deviation_in_either_direction_counts(fitted, shift):
-    known, fusion, _ = fitted
-    views = normals(1, seed=3)
-    shifted = views + torch.tensor([0.0, shift]).view(1, 2, 1, 1)
-    before, after = (fusion.anomaly_map(known.statistics().standardize(v)).mean() for v in (views, shifted))
-    assert after > 3 * before
+# ---------------------------------------------------------------- from networks to a file
 
 
-def test_a_normal_scores_alike_inside_and_outside_the_calibration_set(fitted):
-    known, fusion, inside = fitted
-    outside = fusion.anomaly_map(known.statistics().standardize(normals(30, seed=4)))
-    assert float(inside.mean()) == pytest.approx(float(outside.mean()), rel=0.15)
+def tiny_normalizer(settings):
+    """G with random weights; its maps mean nothing, but they are maps."""
+    torch.manual_seed(0)
+    scratch = VAEConfig(pretrained="scratch", freeze_encoder=False, scratch_channels=(8, 8, 8, 8))
+    unet = UNetConfig(channels=(16,), attention=(False,), layers_per_block=1, norm_groups=8, attention_head_dim=8)
+    network = FlowDiffUNet(unet, 4).requires_grad_(False).eval()
+    for head in (network.noise_head, network.velocity_head):
+        torch.nn.init.normal_(head[-1].weight, std=0.2)
+    vae = pretrained_vae(scratch).requires_grad_(False).eval()
+    return Normalizer(vae, network, LatentStandard((0.0,) * 4, (1.0,) * 4), settings)
 
 
-def test_a_view_in_other_units_changes_nothing(fitted):
-    views = normals(30) * torch.tensor([100.0, 0.01]).view(1, 2, 1, 1)
-    scaled = [
-        (index, copy * torch.tensor([100.0, 0.01]).view(1, 2, 1, 1), changed)
-        for index, copy, changed in implants(30, normals(30))
+def images(count=5, size=(64, 64)):
+    return np.random.default_rng(0).uniform(-1, 1, (count, *size)).astype(np.float32)
+
+
+def config_with(method, **changes):
+    settings = CalibrationConfig(levels=(0.2,), corrupted=6, pixels_normal=100, **changes)
+    inference = InferenceConfig(method=method, solver="one_step", batch_size=2, top_share=0.05)
+    return Config(inference=inference, calibration=settings)
+
+
+@pytest.fixture(scope="module", params=["plain", "calibrated"])
+def made(request):
+    config = config_with(request.param)
+    model = tiny_normalizer(config.inference)
+    return config, model, calibrate(model, images(), config)
+
+
+def test_calibration_speaks_of_every_normal_and_its_thresholds_hold_on_them(made):
+    config, _, known = made
+    assert known.scores.shape == (5,) and np.isfinite(known.scores).all()
+    assert (known.scores > known.score_threshold(0.05)).mean() <= 0.05
+    assert all(value > 0 for value in known.scale.values()) and known.identity_error > 0 and known.vae_error > 0
+
+
+def test_views_are_named_in_the_calibration(made):
+    config, _, known = made
+    names = [
+        "vae_residual",
+        "residual@0.2",
+        "change@0.2",
+        "formula@0.2",
+        "formula_of_change@0.2",
+        "latent_distance@0.2",
     ]
-    _, maps = fit_fusion(NormalViews(views), scaled, seed=0)
-    torch.testing.assert_close(maps, fitted[2], rtol=0.05, atol=0.02)
+    names += ["heads@0.2", *(f"latent_change.{channel}@0.2" for channel in range(4))]
+    assert list(known.view_names) == (names if known.method == "calibrated" else [])
+
+
+def test_a_saved_calibration_gives_the_same_maps(made, tmp_path):
+    config, model, known = made
+    known.save(tmp_path)
+    again = Calibration.load(tmp_path, known.method)
+    seen = model.examine(torch.from_numpy(images(2)).unsqueeze(1), config.calibration.levels)
+    torch.testing.assert_close(again.anomaly_map(seen, config), known.anomaly_map(seen, config))
+    assert (again.belongs_to, again.view_names, again.scale) == (known.belongs_to, known.view_names, known.scale)
+    np.testing.assert_array_equal(again.scores, known.scores)
+
+
+def test_the_batch_size_changes_no_map(made):
+    config, model, known = made
+    batch = torch.from_numpy(images(4)).unsqueeze(1)
+    together = known.anomaly_map(model.examine(batch, config.calibration.levels), config)
+    alone = [known.anomaly_map(model.examine(one, config.calibration.levels), config) for one in batch.split(1)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_the_plain_calibration_is_read_off_the_plain_maps():
+    config = config_with("plain")
+    model = tiny_normalizer(config.inference)
+    known = calibrate(model, images(), config)
+    x = torch.from_numpy(images()).unsqueeze(1)
+    components = [abs(x - model(x)).mean().item(), abs(x - model.decode(model.encode(x))).mean().item()]
+    assert [known.identity_error, known.vae_error] == pytest.approx(components, rel=1e-5)
+
+
+def test_another_setting_or_checkpoint_is_another_calibration(made):
+    config, model, known = made
+    assert known.belongs_to == shaping(model, config)
+    other = dataclasses.replace(config, inference=dataclasses.replace(config.inference, noise_level=0.3))
+    assert known.belongs_to != shaping(model, other)
+    stranger = tiny_normalizer(config.inference)
+    stranger.identity = {"vae_sha256": "a", "flow_sha256": "b"}
+    assert known.belongs_to != shaping(stranger, config)
+
+
+def test_there_is_nothing_to_load_before_anything_was_saved(tmp_path):
+    assert Calibration.load(tmp_path, "plain") is None
+
+
+@pytest.mark.parametrize("damage", ["arrays", "description", "truncated"])
+def test_a_damaged_calibration_is_refused_and_names_the_folder_to_remove(damage, tmp_path):
+    calibration([1.0, 2.0]).save(tmp_path)
+    arrays, description = tmp_path / "plain.npz", tmp_path / "plain.json"
+    if damage == "arrays":
+        content = bytearray(arrays.read_bytes())
+        content[len(content) // 2] ^= 1
+        arrays.write_bytes(content)
+    elif damage == "description":
+        description.write_text(json.dumps({"format": 1}))
+    else:
+        description.write_text(description.read_text()[:40])
+    with pytest.raises(UsageError, match=f"remove {tmp_path}"):
+        Calibration.load(tmp_path, "plain")
+
+
+@pytest.mark.parametrize(("method", "count"), [("plain", 0), ("calibrated", 1)])
+def test_too_few_normals_are_refused(method, count):
+    config = config_with(method)
+    with pytest.raises(UsageError, match="too few validation normals"):
+        calibrate(tiny_normalizer(config.inference), images(count), config)
+
+
+def test_an_unknown_view_is_refused_before_anything_is_computed():
+    config = config_with("calibrated", views=("residual", "gaze"))
+    with pytest.raises(UsageError, match="gaze is unknown"):
+        calibrate(None, images(), config)

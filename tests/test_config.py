@@ -10,12 +10,21 @@ from pathlib import Path
 import pytest
 
 import config as c
-from command_line import parse_config
+from command_line import parse_command
+from presets import PRESETS, TABLE, preset
 
 ROOT = Path(__file__).parent.parent
 PHASES = [
     getattr(c, name)
-    for name in ("DataConfig", "VAEConfig", "LatentConfig", "UNetConfig", "FlowDiffTrainingConfig", "InferenceConfig")
+    for name in (
+        "DataConfig",
+        "VAEConfig",
+        "LatentConfig",
+        "UNetConfig",
+        "FlowDiffTrainingConfig",
+        "InferenceConfig",
+        "CalibrationConfig",
+    )
 ]
 PHASES.append(c.RuntimeConfig)
 
@@ -58,18 +67,21 @@ def test_configs_are_frozen(phase):
 
 
 def commented(phase):
-    """Field name -> the comment on its line."""
-    return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(phase), re.MULTILINE))
+    """Field name -> the comment on its line, or the one above it."""
+    source = inspect.getsource(phase).split("def __post_init__")[0]
+    beside = re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE)
+    above = re.findall(r"^    # ([^\n]+)\n    (\w+): ", source, re.MULTILINE)
+    return dict(beside) | {name: comment for comment, name in above}
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.__name__)
-def test_every_field_says_on_its_line_what_turning_it_does(phase):
+def test_every_field_says_what_turning_it_does(phase):
     assert set(commented(phase)) == {field.name for field in dataclasses.fields(phase)}
 
 
 def test_every_comment_shows_up_in_help(capsys):
     with pytest.raises(SystemExit):
-        parse_config("a phase", ["--help"])
+        parse_command("a phase", ["--help"])
     shown = re.sub(r"[^!-~]", "", capsys.readouterr().out)  # without frames and line breaks
     missing = [
         name
@@ -119,6 +131,7 @@ BAD = [
     (c.UNetConfig, "unet.attention", {"attention": (True,)}),
     (c.UNetConfig, "unet.attention_head_dim", {"attention_head_dim": 48}),
     (c.UNetConfig, "unet.dropout", {"dropout": 1.0}),
+    (c.UNetConfig, "unet.attention_head_dim", {"channels": (16,), "attention": (False,), "norm_groups": 8}),
     (c.FlowDiffTrainingConfig, "flowdiff.lambda_id_global", {"lambda_id_global": -0.1}),
     (c.FlowDiffTrainingConfig, "lambda_diff or lambda_flow", {"lambda_diff": 0.0, "lambda_flow": 0.0}),
     (c.FlowDiffTrainingConfig, "flowdiff.identity_noise_level", {"identity_noise_level": 1.0}),
@@ -130,7 +143,20 @@ BAD = [
     (c.InferenceConfig, "inference.alpha_l1", {"alpha_l1": -1.0}),
     (c.InferenceConfig, "alpha_l1, beta_grad, gamma_hf", {"alpha_l1": 0.0, "beta_grad": 0.0, "gamma_hf": 0.0}),
     (c.InferenceConfig, "inference.top_share", {"top_share": 0.0}),
-    (c.InferenceConfig, "inference.target_fpr", {"target_fpr": 1.0}),
+    (c.InferenceConfig, "inference.image_fpr", {"image_fpr": 1.0}),
+    (c.InferenceConfig, "inference.pixel_fpr", {"pixel_fpr": 0.0}),
+    (c.FlowDiffTrainingConfig, "flowdiff.identity_warmup_end", {"identity_warmup_end": 300_001}),
+    (c.FlowDiffTrainingConfig, "flowdiff.lr", {"lr": float("inf")}),
+    (c.UNetConfig, "unet.norm_groups", {"norm_groups": 0}),
+    (c.DataConfig, "data.split_seed", {"split_seed": -1}),
+    (c.CalibrationConfig, "calibration.levels", {"levels": (0.1, 1.0)}),
+    (c.CalibrationConfig, "calibration.views", {"views": ()}),
+    (c.CalibrationConfig, "calibration.blurs", {"blurs": (2.0,)}),
+    (c.CalibrationConfig, "calibration.alignment", {"alignment": -0.1}),
+    (c.CalibrationConfig, "calibration.regularization", {"regularization": 0.0}),
+    (c.CalibrationConfig, "calibration.corrupted", {"corrupted": 0}),
+    (c.CalibrationConfig, "calibration.smallest_corruption", {"smallest_corruption": 0.3}),
+    (c.RuntimeConfig, "runtime.max_skipped_steps", {"max_skipped_steps": 0}),
     (c.InferenceConfig, "inference.figures", {"figures": -2}),
     (c.RuntimeConfig, "runtime.seed", {"seed": -1}),
     (c.RuntimeConfig, "runtime.checkpoint_every", {"checkpoint_every": 0}),
@@ -157,79 +183,57 @@ def test_sizes_that_suit_a_shallow_unet_may_not_suit_a_deep_one():
     deep = c.UNetConfig(channels=(32,) * 5, attention=(False,) * 5)
     c.Config(data=c.DataConfig(height=96))
     with pytest.raises(c.UsageError, match="data.height = 96 does not divide by 128"):
-        c.Config(data=c.DataConfig(height=96), model=deep)
+        c.Config(data=c.DataConfig(height=96), unet=deep)
+
+
+def test_an_identity_constraint_switched_off_may_have_any_schedule():
+    c.FlowDiffTrainingConfig(total_steps=10, phase1_steps=5, lambda_id_global=0.0)
+
+
+@pytest.mark.parametrize("area", [0.0002, 0.0007, 0.01])
+def test_a_perfect_map_has_the_dice_that_pixel_fpr_promises(area):
+    """The comment beside the setting: every lesion pixel flagged, and pixel_fpr of all others."""
+    lesion, flagged = area, area + c.InferenceConfig().pixel_fpr
+    assert 2 * lesion / (lesion + flagged) > (0.5 if area >= 0.0005 else 0.25)
+
+
+# ---------------------------------------------------------------- presets
 
 
 def paths_of(config):
+    outputs = ("phase", "calibration")
     return {
         f"{phase}.{name}": value
         for phase, fields in dataclasses.asdict(config).items()
         for name, value in fields.items()
-        if "phase" in str(value)
+        if isinstance(value, str) and value.rsplit("/", 2)[-1 if "." not in value[-4:] else -2].startswith(outputs)
     }
 
 
-@pytest.mark.parametrize("name", c.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_construct_and_keep_every_path_in_one_folder(name):
     folder = "./outputs" if name == "default" else f"./outputs/{name}"
-    paths = paths_of(c.preset(name))
-    assert len(paths) == 9 and all(path.startswith(f"{folder}/phase") for path in paths.values())
+    paths = paths_of(preset(name))
+    assert len(paths) == 10 and all(path.startswith(f"{folder}/") for path in paths.values())
 
 
-@pytest.mark.parametrize("name", c.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("folder", ["/elsewhere/run7", "run7/"])
 def test_outputs_moves_every_path(name, folder):
-    paths = paths_of(parse_config("", ["--preset", name, "--outputs", folder]))
-    assert len(paths) == 9 and all(path.startswith(folder.rstrip("/") + "/phase") for path in paths.values())
+    paths = paths_of(parse_command("", ["--preset", name, "--outputs", folder]).config)
+    assert len(paths) == 10 and all(path.startswith(folder.rstrip("/") + "/") for path in paths.values())
+
+
+def test_the_table_names_fields_that_exist_and_differ_from_the_default():
+    base = dataclasses.asdict(c.Config())
+    for path, *values in TABLE:
+        phase, name = path.split(".")
+        assert name in base[phase] and all(value != base[phase][name] for value in values)
 
 
 def test_what_one_phase_writes_is_what_the_next_reads():
-    for name in c.PRESETS:
-        config = c.preset(name, "somewhere")
-        best = [f"{phase.output}/checkpoint_best.pt" for phase in (config.vae, config.flowdiff)]
-        assert [config.latent.vae_checkpoint, config.flowdiff.vae_checkpoint, config.inference.vae_checkpoint] == [
-            best[0]
-        ] * 3
-        assert config.flowdiff.latents == config.latent.output and config.inference.flow_checkpoint == best[1]
-
-
-def test_the_command_line_beats_the_preset_and_nothing_else_changes():
-    line = [
-        "--vae.lr",
-        "1e-3",
-        "--preset",
-        "cpu",
-        "--unet.channels",
-        "32",
-        "64",
-        "--unet.attention",
-        "False",
-        "True",
-        "--vae.freeze-encoder",
-        "False",
-    ]
-    config, base = parse_config("", line), c.preset("cpu")
-    assert (config.vae.lr, config.unet.channels, config.unet.attention, config.vae.freeze_encoder) == (
-        1e-3,
-        (32, 64),
-        (False, True),
-        False,
-    )
-    assert dataclasses.replace(config, vae=base.vae, unet=base.unet) == base
-    assert dataclasses.replace(config.vae, lr=base.vae.lr, freeze_encoder=True) == base.vae
-
-
-def test_an_unknown_preset_is_a_usage_error_that_lists_the_known():
-    with pytest.raises(c.UsageError, match="'gpu': choose one of default, cpu, demo"):
-        parse_config("", ["--preset", "gpu"])
-
-
-def test_a_bad_value_on_the_command_line_is_a_usage_error():
-    with pytest.raises(c.UsageError, match="inference.noise_level"):
-        parse_config("", ["--inference.noise-level", "2"])
-
-
-def test_an_unknown_flag_ends_the_program(capsys):
-    with pytest.raises(SystemExit) as end:
-        parse_config("", ["--vae.learning-rate", "1"])
-    assert end.value.code == 2 and "vae.learning-rate" in capsys.readouterr().err
+    for name in PRESETS:
+        config = preset(name, "somewhere")
+        vae, flow = (f"{phase.output}/checkpoint_best.pt" for phase in (config.vae, config.flowdiff))
+        assert {phase.vae_checkpoint for phase in (config.latent, config.flowdiff, config.inference)} == {vae}
+        assert (config.flowdiff.latents, config.inference.flow_checkpoint) == (config.latent.output, flow)

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-import corruption
-from corruption import CONTENTS, LEAST_CHANGE, SHAPES, corrupt
+from config import CalibrationConfig
+from corruption import CONTENTS, SHAPES, corrupt
+
+SETTINGS = CalibrationConfig()
 
 
 def radiograph(seed=0, shape=(64, 128)):
@@ -14,14 +16,14 @@ def radiograph(seed=0, shape=(64, 128)):
 
 
 def drawn(seed):
-    return corrupt(radiograph(), radiograph(1), np.random.default_rng(seed))
+    return corrupt(radiograph(), radiograph(1), np.random.default_rng(seed), SETTINGS)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_nothing_changes_outside_the_mask(seed):
     corrupted, changed = drawn(seed)
     assert changed.any() and not changed.all()
-    assert np.abs(corrupted - radiograph())[~changed].max() <= corruption.MOST_SHAPES * LEAST_CHANGE / 2
+    assert np.abs(corrupted - radiograph())[~changed].max() <= SETTINGS.most_corruptions * SETTINGS.least_change / 2
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -33,12 +35,12 @@ def test_a_corrupted_radiograph_stays_a_radiograph(seed):
 
 def test_the_generator_decides_everything():
     np.testing.assert_array_equal(drawn(3)[0], drawn(3)[0])
-    assert np.abs(drawn(3)[0] - drawn(4)[0]).max() > LEAST_CHANGE
+    assert np.abs(drawn(3)[0] - drawn(4)[0]).max() > SETTINGS.least_change
 
 
 def test_the_normal_and_the_donor_are_left_alone():
     image, donor = radiograph(), radiograph(1)
-    corrupt(image, donor, np.random.default_rng(0))
+    corrupt(image, donor, np.random.default_rng(0), SETTINGS)
     np.testing.assert_array_equal(image, radiograph())
     np.testing.assert_array_equal(donor, radiograph(1))
 

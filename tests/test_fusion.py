@@ -1,0 +1,70 @@
+"""The regression that makes one map of many views, against scikit-learn and on views made to show one thing."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from config import CalibrationConfig
+from fusion import Fusion, PixelSample, evidence
+
+SETTINGS = CalibrationConfig()
+HEIGHT, WIDTH = 24, 32
+
+
+def test_evidence_is_size_and_sign_of_a_deviation_up_to_the_largest():
+    deviations = torch.tensor([-20.0, -1.0, 3.0]).reshape(1, 1, 1, 3)
+    assert evidence(deviations, 10.0)[0, :, 0].tolist() == [[10.0, 1.0, 3.0], [-10.0, -1.0, 3.0]]
+
+
+def test_the_map_is_minus_the_log_of_the_probability_scikit_learn_gives():
+    rng = np.random.default_rng(0)
+    rows, answers = rng.normal(size=(500, 12)).astype(np.float32), rng.random(500) < 0.3
+    regression = LogisticRegression().fit(rows, answers)
+    deviations = torch.from_numpy(rows[:, 6:])  # signs; sizes are made of them
+    theirs = -regression.predict_log_proba(np.c_[deviations.abs(), deviations])[:, 0]
+    fusion = Fusion(torch.from_numpy(regression.coef_[0]).float(), float(regression.intercept_[0]), 100.0)
+    ours = fusion.anomaly_map(deviations[:, :, None, None])[:, 0, 0, 0]
+    np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-4, atol=1e-5)
+
+
+def noise(seed):
+    return torch.randn(1, 2, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def with_square(seed, shift):
+    """Noise whose second view is shifted inside a square."""
+    deviations, changed = noise(seed), np.zeros((HEIGHT, WIDTH), bool)
+    row, column = seed % (HEIGHT - 6), 3 * seed % (WIDTH - 6)
+    changed[row : row + 6, column : column + 6] = True
+    deviations[0, 1][torch.from_numpy(changed)] += shift
+    return deviations, changed
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    sample = PixelSample(SETTINGS, seed=0)
+    for seed in range(20):
+        sample.add_corrupted(*with_square(seed, 6 * (-1) ** seed))
+        sample.add_normal(noise(100 + seed))
+    return sample.fit()
+
+
+@pytest.mark.parametrize("shift", [-6.0, 6.0])
+def test_a_deviation_in_either_direction_lights_up_at_its_place(fitted, shift):
+    deviations, changed = with_square(55, shift)
+    shown = fitted.anomaly_map(deviations)[0, 0].numpy()
+    assert np.median(shown[changed]) > np.quantile(shown[~changed], 0.99)
+
+
+def test_a_view_that_never_tells_gets_no_weight(fitted):
+    silent, telling = fitted.weights[0].abs(), fitted.weights[1].abs()
+    assert silent < 0.1 * telling
+
+
+def test_the_same_seed_gives_the_same_fusion(fitted):
+    sample = PixelSample(SETTINGS, seed=0)
+    for seed in range(20):
+        sample.add_corrupted(*with_square(seed, 6 * (-1) ** seed))
+        sample.add_normal(noise(100 + seed))
+    torch.testing.assert_close(sample.fit().weights, fitted.weights, rtol=0, atol=0)
