@@ -1,23 +1,26 @@
-# make demo   the four phases on phantoms, about five minutes on two cores, heatmaps in outputs/demo/phase4_inference
-# make test   lint and the test suite
-# Each makes .venv and installs what it needs. PYTHON=python3.12 chooses the interpreter, SEED=1 another demo.
+# make demo   the four phases on phantoms, minutes on two cores; heatmaps in outputs/demo/phase4_inference
+# make test   the tests
+# make lint   the linter and the formatter, as checks
+# Each makes .venv and installs what it needs. PYTHON=python3.12 chooses the interpreter, SEED=1 another demo, DEMO=folder another
+# place for it, ARGS="--runtime.resume False" more flags for every phase. A second make demo draws the same phantoms, goes on
+# training where the first stopped, and examines anew; each phase says so.
 
 PYTHON ?= python3
 SEED ?= 0
-DEMO ?= outputs/demo
+DEMO ?= outputs/demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 BIN := .venv/bin
 RUN := NO_ALBUMENTATIONS_UPDATE=1 $(BIN)/python
-DEMO_ARGS := --preset demo --outputs $(DEMO) --data.root $(DEMO)/phantoms --runtime.seed $(SEED)
+PHANTOMS := --train 240 --val 30 --test-normal 30 --test-per-lesion 15 --height 128 --width 256
+DEMO_ARGS := --preset demo --outputs $(DEMO) --data.root $(DEMO)/phantoms --runtime.seed $(SEED) $(ARGS)
 
 .PHONY: demo test lint clean
 
 demo: .venv/installed
-	$(RUN) -m phantoms.phantom --out $(DEMO)/phantoms --train 240 --val 30 --test-normal 30 --test-per-lesion 15 --height 128 --width 256 --seed $(SEED)
+	$(RUN) -m phantoms.phantom --out $(DEMO)/phantoms $(PHANTOMS) --seed $(SEED)
 	$(RUN) train_vae.py $(DEMO_ARGS)
 	$(RUN) extract_latents.py $(DEMO_ARGS)
 	$(RUN) train_flowdiff.py $(DEMO_ARGS)
 	$(RUN) inference.py $(DEMO_ARGS)
-	@echo "heatmaps: $(DEMO)/phase4_inference/result_*.png"
 
 test: .venv/installed-dev
 	$(RUN) -m pytest -n 2

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from config import CalibrationConfig, InferenceConfig, UsageError
+from checks import UsageError
+from config import CalibrationConfig, InferenceConfig
 from image_ops import gaussian_blur, residual_components
 from normalizer import Estimate, Examined
 

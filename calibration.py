@@ -21,7 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from anomaly import blur_share, check_views, image_score, plain_map, stacked_views, views_of
-from config import CalibrationConfig, Config, UsageError
+from checks import UsageError
+from config import CalibrationConfig, Config
 from corruption import corrupt
 from files import sha256, write_atomically, write_json
 from fusion import Fusion, PixelSample

@@ -14,7 +14,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from config import PREPROCESSING, SPLIT, Config, UsageError
+from checks import UsageError
+from config import PREPROCESSING, SPLIT, Config
 from presets import PRESETS, preset
 
 FIRST_FLAGS = ("--preset", "--outputs")

@@ -8,9 +8,10 @@ Importing this file is cheap: it loads no torch. Lengths in an image are shares 
 same at every resolution: 0.004 is one pixel at 256.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
+
+from checks import UsageError, require, require_between, require_positive, require_ranges  # noqa: F401
 
 VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
 PREPROCESSING = ("height", "width", "fit", "percentile_low", "percentile_high")  # of DataConfig: how a file becomes x
@@ -18,29 +19,6 @@ SPLIT = ("patient_from", "val_share", "test_share", "split_seed")  # of DataConf
 Solver = Literal[
     "one_step", "euler", "heun", "ddim"
 ]  # how G walks back: ddim by the diffusion head, the others by the flow head
-
-
-class UsageError(Exception):
-    """Something the user can put right; the message says how. Scripts print it on one line and exit with 2."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UsageError(message)
-
-
-def _require_ranges(phase: str, config: object, names: tuple[str, ...], low: float, high: float = math.inf) -> None:
-    upper = "" if high == math.inf else f" and at most {high:g}"
-    for name in names:
-        value = getattr(config, name)
-        inside = math.isfinite(value) and low <= value <= high
-        _require(inside, f"{phase}.{name} must be at least {low:g}{upper}, got {value}")
-
-
-def _require_positive(phase: str, config: object, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(math.isfinite(value) and value > 0, f"{phase}.{name} must be above 0, got {value}")
 
 
 @dataclass(frozen=True)
@@ -63,8 +41,7 @@ class DataConfig:
     max_bad_share: float = 0.05  # a run stops if more files cannot be read; fewer are listed in skipped_files.csv
     cache_gb: float = 4.0  # decoded images kept in memory up to this size; 0 reads every file anew each epoch
     num_workers: int = 4  # loader processes; 0 loads in the main process
-    # mirror left-right at random; doubles the data, but left and right then mean nothing to the model
-    flip: bool = False
+    flip: bool = False  # mirror left-right at random: doubles the data, but left and right then mean nothing
     rotate_degrees: float = 3.0  # augmentation: random rotation up to this angle; 0 switches it off
     shift_share: float = 0.02  # augmentation: random shift up to this share of the image size
     scale_share: float = 0.05  # augmentation: random zoom in [1 - s, 1 + s]
@@ -75,14 +52,14 @@ class DataConfig:
 
     def __post_init__(self):
         size = f"{self.height} x {self.width}"
-        _require(min(self.height, self.width) > 0, f"data.height and data.width must be positive, got {size}")
+        require(min(self.height, self.width) > 0, f"data.height and data.width must be positive, got {size}")
         ordered = 0 <= self.percentile_low < self.percentile_high <= 100
-        _require(ordered, "data.percentile_low must lie below data.percentile_high, both in [0, 100]")
-        _require_ranges("data", self, ("val_share", "test_share"), 0, 0.9)
-        _require_ranges("data", self, ("max_bad_share",), 0, 1)
-        _require_ranges("data", self, ("split_seed",), 0, 2**31 - 1)
-        _require_ranges("data", self, ("cache_gb", "num_workers", "rotate_degrees", "brightness", "noise_std"), 0)
-        _require_ranges("data", self, ("shift_share", "scale_share", "contrast", "gamma"), 0, 0.9)
+        require(ordered, "data.percentile_low must lie below data.percentile_high, both in [0, 100]")
+        require_ranges("data", self, ("val_share", "test_share"), 0, 0.9)
+        require_ranges("data", self, ("max_bad_share",), 0, 1)
+        require_ranges("data", self, ("split_seed",), 0, 2**31 - 1)
+        require_ranges("data", self, ("cache_gb", "num_workers", "rotate_degrees", "brightness", "noise_std"), 0)
+        require_ranges("data", self, ("shift_share", "scale_share", "contrast", "gamma"), 0, 0.9)
 
     @property
     def preprocessing(self) -> dict:
@@ -115,20 +92,19 @@ class VAEConfig:
     grad_clip: float = 1.0  # largest gradient norm
     validate_every: int = 500  # steps between validations; each writes a PNG grid
     log_every: int = 50  # steps between log lines
-    # "scratch" only: channels per level; each level but the last halves the image
-    scratch_channels: tuple[int, ...] = (32, 64, 64, 64)
+    scratch_channels: tuple[int, ...] = (32, 64, 64, 64)  # "scratch" only: levels; each but the last halves the image
     scratch_latent_channels: int = 4  # "scratch" only: channels of the latent
     output: str = "./outputs/phase1_vae"  # checkpoints, log.csv, validation grids
 
     def __post_init__(self):
         weights = ("lambda_pix", "lambda_grad", "lambda_hf", "lambda_ssim")
-        _require_ranges("vae", self, (*weights, "beta_kl", "weight_decay", "lr_warmup_steps"), 0)
+        require_ranges("vae", self, (*weights, "beta_kl", "weight_decay", "lr_warmup_steps"), 0)
         some = any(getattr(self, name) > 0 for name in weights)
-        _require(some, "vae: at least one reconstruction weight must be above 0")
-        _require_positive("vae", self, ("lr", "grad_clip"))
+        require(some, "vae: at least one reconstruction weight must be above 0")
+        require_positive("vae", self, ("lr", "grad_clip"))
         counts = ("batch_size", "steps", "validate_every", "log_every", "scratch_latent_channels")
-        _require_ranges("vae", self, counts, 1)
-        _require(
+        require_ranges("vae", self, counts, 1)
+        require(
             self.pretrained != "", 'vae.pretrained is empty: give a hub name, a local diffusers folder, or "scratch"'
         )
 
@@ -139,16 +115,14 @@ class LatentConfig:
 
     vae_checkpoint: str = "./outputs/phase1_vae/checkpoint_best.pt"  # the VAE of phase 1
     batch_size: int = 16  # images encoded at once
-    # augmented latents per training image beside the plain one; useful below some thousand images
-    augmented_copies: int = 4
-    # a latent whose mean or spread lies this many robust deviations out is named as a likely bad file
-    outlier_std: float = 8.0
+    augmented_copies: int = 4  # augmented latents per training image beside the plain one; for below some 1,000 images
+    outlier_std: float = 8.0  # a latent this many robust deviations out is named as a likely bad file
     output: str = "./outputs/phase2_latents"  # latents_{train,val}.npy and .pkl, latents.json
 
     def __post_init__(self):
-        _require_ranges("latent", self, ("batch_size",), 1)
-        _require_ranges("latent", self, ("augmented_copies",), 0)
-        _require_positive("latent", self, ("outlier_std",))
+        require_ranges("latent", self, ("batch_size",), 1)
+        require_ranges("latent", self, ("augmented_copies",), 0)
+        require_positive("latent", self, ("outlier_std",))
 
 
 @dataclass(frozen=True)
@@ -164,18 +138,18 @@ class UNetConfig:
 
     def __post_init__(self):
         levels = len(self.channels)
-        _require(levels >= 1, "unet.channels must name at least one level")
+        require(levels >= 1, "unet.channels must name at least one level")
         entries = len(self.attention)
-        _require(levels == entries, f"unet.attention needs {levels} entries, one per level, got {entries}")
-        _require_ranges("unet", self, ("layers_per_block", "norm_groups", "attention_head_dim"), 1)
+        require(levels == entries, f"unet.attention needs {levels} entries, one per level, got {entries}")
+        require_ranges("unet", self, ("layers_per_block", "norm_groups", "attention_head_dim"), 1)
         attention = (*self.attention[:-1], True)  # the middle, at the width of the last level, always attends
         for channels, attends in zip(self.channels, attention, strict=True):
             divides = channels > 0 and channels % self.norm_groups == 0
             message = f"unet.channels must be multiples of unet.norm_groups = {self.norm_groups}, got {channels}"
-            _require(divides, message)
+            require(divides, message)
             divides = not attends or channels % self.attention_head_dim == 0
-            _require(divides, f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}")
-        _require_ranges("unet", self, ("dropout",), 0, 0.9)
+            require(divides, f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}")
+        require_ranges("unet", self, ("dropout",), 0, 0.9)
 
     @property
     def downsampling(self) -> int:
@@ -191,13 +165,11 @@ class FlowDiffTrainingConfig:
     lambda_flow: float = 0.5  # weight of the velocity (flow head)
     lambda_id_global: float = 0.1  # weight of |x - G(x)| once warmed up; more: normals change less, but so do lesions
     identity_noise_level: float = 0.4  # how far out G walks in the identity loss; keep it at inference.noise_level
-    # pixel decodes through the frozen decoder (the real thing); latent is some ten times cheaper
-    identity_space: Literal["pixel", "latent"] = "pixel"
+    identity_space: Literal["pixel", "latent"] = "pixel"  # pixel decodes (the real thing); latent is ten times cheaper
     identity_share: float = 0.25  # share of each batch that the identity loss sees; at least one image
     identity_solver: Solver = "one_step"  # how G walks back in the identity loss
     identity_steps: int = 1  # steps of that walk; the memory of training grows with it
-    # the generative stage ends here; its EMA weights are kept as checkpoint_generative.pt
-    phase1_steps: int = 100_000
+    phase1_steps: int = 100_000  # the generative stage ends here, kept as checkpoint_generative.pt (EMA weights)
     total_steps: int = 300_000  # optimizer steps in all
     identity_warmup_start: int = 90_000  # lambda_id is 0 up to here
     identity_warmup_end: int = 110_000  # and lambda_id_global from here on; the best checkpoint comes from after it
@@ -216,25 +188,21 @@ class FlowDiffTrainingConfig:
 
     def __post_init__(self):
         weights = ("lambda_diff", "lambda_flow", "lambda_id_global", "weight_decay", "lr_warmup_steps")
-        _require_ranges("flowdiff", self, weights, 0)
-        _require(self.lambda_diff > 0 or self.lambda_flow > 0, "flowdiff: lambda_diff or lambda_flow must be above 0")
-        inside = 0 < self.identity_noise_level < 1
-        _require(inside, f"flowdiff.identity_noise_level must lie in (0, 1), got {self.identity_noise_level}")
+        require_ranges("flowdiff", self, weights, 0)
+        require(self.lambda_diff > 0 or self.lambda_flow > 0, "flowdiff: lambda_diff or lambda_flow must be above 0")
+        require_between("flowdiff", self, ("identity_noise_level",))
         inside = 0 < self.identity_share <= 1
-        _require(inside, f"flowdiff.identity_share must lie in (0, 1], got {self.identity_share}")
-        _require_positive("flowdiff", self, ("lr", "grad_clip"))
+        require(inside, f"flowdiff.identity_share must lie in (0, 1], got {self.identity_share}")
+        require_positive("flowdiff", self, ("lr", "grad_clip"))
         counts = ("total_steps", "batch_size", "validate_every", "sample_every", "log_every", "identity_steps")
-        _require_ranges("flowdiff", self, counts, 1)
-        _require(0 <= self.ema_decay < 1, f"flowdiff.ema_decay must lie in [0, 1), got {self.ema_decay}")
-        _require(1 <= self.phase1_steps <= self.total_steps, "flowdiff.phase1_steps must lie between 1 and total_steps")
+        require_ranges("flowdiff", self, counts, 1)
+        require(0 <= self.ema_decay < 1, f"flowdiff.ema_decay must lie in [0, 1), got {self.ema_decay}")
+        require(1 <= self.phase1_steps <= self.total_steps, "flowdiff.phase1_steps must lie between 1 and total_steps")
         ordered = 0 <= self.identity_warmup_start <= self.identity_warmup_end
-        _require(ordered, "flowdiff.identity_warmup_start must not lie after identity_warmup_end")
+        require(ordered, "flowdiff.identity_warmup_start must not lie after identity_warmup_end")
         ends = self.lambda_id_global == 0 or self.identity_warmup_end <= self.total_steps
-        _require(
-            ends,
-            f"flowdiff.identity_warmup_end = {self.identity_warmup_end} lies after total_steps = {self.total_steps}: "
-            "G would never be trained at full weight; move it forward, or set lambda_id_global 0 to train without",
-        )
+        late = f"flowdiff.identity_warmup_end = {self.identity_warmup_end} lies after total_steps = {self.total_steps}"
+        require(ends, f"{late}: move it forward, or set lambda_id_global 0 to train without the constraint")
 
 
 @dataclass(frozen=True)
@@ -250,10 +218,8 @@ class InferenceConfig:
     alpha_l1: float = 1.0  # weight of |x - G(x)| in the anomaly map
     beta_grad: float = 0.5  # weight of the gradient residual
     gamma_hf: float = 0.3  # weight of the Laplacian residual
-    # blur of the final map, sigma as a share of the height; 0 leaves it exact, 0.008 calms speckle
-    smooth_share: float = 0.0
-    # the image score is the mean of this share of highest map values: about the area of a lesion
-    top_share: float = 0.01
+    smooth_share: float = 0.0  # blur of the map, sigma as a share of the height: 0 leaves it exact, 0.008 calms speckle
+    top_share: float = 0.01  # the score is the mean of this share of highest map values: about the area of a lesion
     image_fpr: float = 0.05  # share of validation normals whose score lies above the image threshold
     # share of the pixels of normals above the map's threshold. A map that finds a lesion of area share a perfectly has
     # a Dice of 2 a / (2 a + pixel_fpr): for a caries (a = 0.0007) 0.58 at 0.001, and 0.03 at 0.05
@@ -268,36 +234,30 @@ class InferenceConfig:
     output: str = "./outputs/phase4_inference"  # figures, scores.csv, maps, metrics.json
 
     def __post_init__(self):
-        _require(0 < self.noise_level < 1, f"inference.noise_level must lie in (0, 1), got {self.noise_level}")
+        require_between("inference", self, ("noise_level", "image_fpr", "pixel_fpr"))
         weights = ("alpha_l1", "beta_grad", "gamma_hf")
-        _require_ranges("inference", self, (*weights, "smooth_share"), 0)
+        require_ranges("inference", self, (*weights, "smooth_share"), 0)
         some = any(getattr(self, name) > 0 for name in weights)
-        _require(some, "inference: one of alpha_l1, beta_grad, gamma_hf must be above 0")
-        _require_ranges("inference", self, ("steps", "draws", "batch_size"), 1)
-        _require(0 < self.top_share <= 1, f"inference.top_share must lie in (0, 1], got {self.top_share}")
-        for name in ("image_fpr", "pixel_fpr"):
-            _require(0 < getattr(self, name) < 1, f"inference.{name} must lie in (0, 1), got {getattr(self, name)}")
-        _require_ranges("inference", self, ("figures",), -1)
+        require(some, "inference: one of alpha_l1, beta_grad, gamma_hf must be above 0")
+        require_ranges("inference", self, ("steps", "draws", "batch_size"), 1)
+        require(0 < self.top_share <= 1, f"inference.top_share must lie in (0, 1], got {self.top_share}")
+        require_ranges("inference", self, ("figures",), -1)
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
     """Phase 4, method calibrated: how views of what G changed become one map."""
 
-    # anomaly.py says what each is
-    views: tuple[str, ...] = (
+    views: tuple[str, ...] = (  # anomaly.py says what each is
         *("vae_residual", "residual", "change", "formula", "formula_of_change"),
         *("latent_distance", "heads", "latent_change"),
     )
-    # noise levels of the views; low ones keep detail, high ones remove more
-    levels: tuple[float, ...] = (0.1, 0.2, 0.3)
-    # of each view, sigmas as shares of the height: half a lesion's radius
-    blurs: tuple[float, ...] = (0.004, 0.008, 0.016)
+    levels: tuple[float, ...] = (0.1, 0.2, 0.3)  # noise levels of the views: low keep detail, high remove more
+    blurs: tuple[float, ...] = (0.004, 0.008, 0.016)  # of each view, as shares of the height: half a lesion's radius
     alignment: float = 0.012  # sigma of the neighbourhood that shares its statistics: panoramics align only roughly
     smallest_spread: float = 0.3  # of a view's mean spread; a pixel's own spread below it (in air) is not believed
     largest_deviation: float = 10.0  # standard deviations; beyond, more of the same says nothing new
-    # C of the logistic regression; less: smaller weights, since the views are many and alike
-    regularization: float = 0.01
+    regularization: float = 0.01  # C of the logistic regression; less: smaller weights, as the views are much alike
     corrupted: int = 160  # corrupted validation normals that the fusion of the views is fitted to
     pixels_inside: int = 300  # drawn from what changed in each corrupted image
     pixels_outside: int = 600  # drawn from the rest of it
@@ -309,16 +269,16 @@ class CalibrationConfig:
 
     def __post_init__(self):
         inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
-        _require(inside, f"calibration.levels needs noise levels in (0, 1), got {self.levels}")
-        _require(len(self.views) > 0, "calibration.views needs at least one view; anomaly.py names them")
+        require(inside, f"calibration.levels needs noise levels in (0, 1), got {self.levels}")
+        require(len(self.views) > 0, "calibration.views needs at least one view; anomaly.py names them")
         inside = len(self.blurs) > 0 and all(0 <= blur < 1 for blur in self.blurs)
-        _require(inside, f"calibration.blurs needs shares of the height in [0, 1), got {self.blurs}")
-        _require_ranges("calibration", self, ("alignment", "smallest_spread"), 0, 1)
-        _require_positive("calibration", self, ("largest_deviation", "regularization", "least_change"))
+        require(inside, f"calibration.blurs needs shares of the height in [0, 1), got {self.blurs}")
+        require_ranges("calibration", self, ("alignment", "smallest_spread"), 0, 1)
+        require_positive("calibration", self, ("largest_deviation", "regularization", "least_change"))
         counts = ("corrupted", "pixels_inside", "pixels_outside", "pixels_normal", "most_corruptions")
-        _require_ranges("calibration", self, counts, 1)
+        require_ranges("calibration", self, counts, 1)
         ordered = 0 < self.smallest_corruption <= self.largest_corruption < 1
-        _require(ordered, "calibration.smallest_corruption must not lie above largest_corruption, both in (0, 1)")
+        require(ordered, "calibration.smallest_corruption must not lie above largest_corruption, both in (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -327,10 +287,8 @@ class RuntimeConfig:
 
     seed: int = 0  # fixes every random draw but the split: augmentation, weights, noise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
-    # training only: auto takes bf16 where the hardware multiplies it; inference is float32
-    precision: Literal["auto", "no", "bf16"] = "auto"
-    # continue from checkpoint_last.pt; --runtime.resume False removes the earlier run's files, starts anew
-    resume: bool = True
+    precision: Literal["auto", "no", "bf16"] = "auto"  # of training: bf16 where it is fast; inference is float32
+    resume: bool = True  # continue from checkpoint_last.pt; False removes the earlier run's files and starts anew
     resume_changed: bool = False  # True continues with another number of steps or learning rate than the run began with
     # numbers only, never an image; online needs WANDB_API_KEY
     wandb: Literal["disabled", "offline", "online"] = "disabled"
@@ -339,8 +297,8 @@ class RuntimeConfig:
     max_skipped_steps: int = 20  # steps in a row whose gradient is not finite before training stops; each is skipped
 
     def __post_init__(self):
-        _require_ranges("runtime", self, ("seed",), 0, 2**31 - 1)
-        _require_ranges("runtime", self, ("checkpoint_every", "max_skipped_steps"), 1)
+        require_ranges("runtime", self, ("seed",), 0, 2**31 - 1)
+        require_ranges("runtime", self, ("checkpoint_every", "max_skipped_steps"), 1)
 
 
 @dataclass(frozen=True)
@@ -363,7 +321,7 @@ class Config:
             below, above = size // divisor * divisor, -(-size // divisor) * divisor
             nearest = " or ".join(str(multiple) for multiple in (below, above) if multiple > 0)
             parts = f"VAE {VAE_DOWNSAMPLING} x UNet {self.unet.downsampling}"
-            _require(size % divisor == 0, f"data.{name} = {size} does not divide by {divisor} ({parts}): use {nearest}")
+            require(size % divisor == 0, f"data.{name} = {size} does not divide by {divisor} ({parts}): use {nearest}")
 
 
 def rebuild_phase(phase: type, stored: dict):

@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from anomaly import image_score
 from calibration import Calibration, calibrate, shaping
+from checks import UsageError
 from command_line import parse_command
-from config import Config, UsageError
+from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
 from files import write_atomically, write_csv, write_json
 from image_ops import residual_components

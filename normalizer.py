@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from config import DataConfig, InferenceConfig, UNetConfig, UsageError, rebuild_phase
+from checks import UsageError
+from config import DataConfig, InferenceConfig, UNetConfig, rebuild_phase
 from files import load_checkpoint, sha256
 from flowdiff_model import FlowDiffUNet
 from flowdiff_process import clean_from_noise, clean_from_velocity, interpolate, normalizer, two_heads

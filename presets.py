@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from config import Config, UsageError
+from checks import UsageError
+from config import Config
 
 SAME = object()  # as in the default
 # cpu: two cores, under an hour for some hundred radiographs. demo: phantoms, minutes on two cores.

@@ -233,7 +233,7 @@ def save_curves(path: str | Path, series: Mapping[str, tuple[ArrayLike, ArrayLik
     """
     if len(series) > len(OKABE_ITO):
         raise ValueError(
-            f"{len(series)} curves in one figure cannot be told apart: draw at most {len(OKABE_ITO)} in one"
+            f"{len(series)} curves in one figure cannot be told apart: split them, at most {len(OKABE_ITO)} each"
         )
     figure = Figure(figsize=(10, 5), dpi=DPI)
     axes = figure.add_axes((0.08, 0.11, 0.64, 0.8))

@@ -8,7 +8,8 @@ import scipy.ndimage as ndi
 import torch
 
 from anomaly import IMAGE_VIEWS, VIEWS, blur_share, check_views, image_score, plain_map, stacked_views, views_of
-from config import CalibrationConfig, InferenceConfig, UsageError
+from checks import UsageError
+from config import CalibrationConfig, InferenceConfig
 from normalizer import Estimate, Examined
 
 SETTINGS = InferenceConfig(alpha_l1=2.0, beta_grad=3.0, gamma_hf=5.0)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from calibration import Calibration, NormalViews, calibrate, features, pixel_statistics, shaping
-from config import CalibrationConfig, Config, InferenceConfig, UNetConfig, UsageError, VAEConfig
+from checks import UsageError
+from config import CalibrationConfig, Config, InferenceConfig, UNetConfig, VAEConfig
 from flowdiff_model import FlowDiffUNet
 from image_ops import gaussian_blur
 from latent_dataset import LatentStandard

@@ -5,8 +5,9 @@ import shlex
 
 import pytest
 
+from checks import UsageError
 from command_line import parse_command
-from config import PREPROCESSING, SPLIT, DataConfig, UsageError
+from config import PREPROCESSING, SPLIT, DataConfig
 from presets import preset
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import config as c
+from checks import UsageError
 from command_line import parse_command
 from presets import PRESETS, TABLE, preset
 
@@ -167,13 +168,13 @@ BAD = [
     ("phase", "named", "values"), BAD, ids=[f"{named}={list(values.values())}" for _, named, values in BAD]
 )
 def test_bad_values_are_refused_by_name(phase, named, values):
-    with pytest.raises(c.UsageError, match=re.escape(named)):
+    with pytest.raises(UsageError, match=re.escape(named)):
         phase(**values)
 
 
 @pytest.mark.parametrize(("size", "remedy"), [(250, "use 224 or 256"), (33, "use 32 or 64"), (8, "use 32")])
 def test_an_indivisible_size_names_the_nearest_that_work(size, remedy):
-    with pytest.raises(c.UsageError, match=rf"data.width = {size} does not divide by 32 .*{remedy}$"):
+    with pytest.raises(UsageError, match=rf"data.width = {size} does not divide by 32 .*{remedy}$"):
         c.Config(data=c.DataConfig(width=size))
     for number in map(int, re.findall(r"\d+", remedy)):
         c.Config(data=c.DataConfig(width=number))
@@ -182,7 +183,7 @@ def test_an_indivisible_size_names_the_nearest_that_work(size, remedy):
 def test_sizes_that_suit_a_shallow_unet_may_not_suit_a_deep_one():
     deep = c.UNetConfig(channels=(32,) * 5, attention=(False,) * 5)
     c.Config(data=c.DataConfig(height=96))
-    with pytest.raises(c.UsageError, match="data.height = 96 does not divide by 128"):
+    with pytest.raises(UsageError, match="data.height = 96 does not divide by 128"):
         c.Config(data=c.DataConfig(height=96), unet=deep)
 
 

@@ -1,5 +1,7 @@
 """What a reader of the PNGs relies on: right colours, nothing left over from the image before, nothing in them but the picture."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -91,7 +93,7 @@ def test_a_png_holds_nothing_but_the_picture(draw, tmp_path):
 def test_a_failed_write_leaves_the_old_picture(draw, monkeypatch):
     path = draw()
     before = path.read_bytes()
-    monkeypatch.setattr(figures.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         draw(anomaly=1.0)
     assert path.read_bytes() == before

@@ -1,7 +1,6 @@
 """Metrics against scikit-learn, pyaupro, scipy.stats and their definitions spelled out."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -216,15 +215,6 @@ def test_summary_is_strict_json_even_where_nothing_is_defined(study):
         summary = metrics.summarize(**arguments)
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert summary["overall"]["auroc"] is None and summary["kinds"] == {}
-
-
-def test_three_hundred_images_take_seconds(rng):
-    maps = rng.random((300, 256, 256), dtype=np.float32)
-    masks = [maps[i] > 0.999 if i >= 150 else None for i in range(300)]
-    kinds = np.array(["normal"] * 150 + ["a", "b", "c"] * 50)
-    start = time.perf_counter()
-    metrics.summarize(maps[:, 0, 0], kinds != "normal", kinds, maps, masks, 0.99, np.arange(300) // 2)
-    assert time.perf_counter() - start < 15
 
 
 def test_what_cannot_be_measured_is_refused_with_the_remedy():

@@ -1,0 +1,36 @@
+"""Whether the demo detects: python benchmarks/floors.py outputs/demo/phase4_inference/metrics.json
+
+Compares metrics.json with floors.json beside this file, prints one line per floor, and fails if one is missed: a broken or a blind
+demo cannot land. Floors only go up: what was reached, less a margin for the seed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+FLOORS = Path(__file__).with_name("floors.json")
+METRICS = {"image AUROC": "auroc", "pixel AP": "pixel_ap"}
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    metrics = json.loads(Path(sys.argv[1]).read_text())
+    missed = False
+    for name, floor in json.loads(FLOORS.read_text()).items():
+        reached = value_of(name, metrics)
+        missed |= reached is None or reached < floor
+        shown = "undefined" if reached is None else f"{reached:.3f}"
+        print(f"{name}: {shown}, floor {floor:.3f}{'' if reached is not None and reached >= floor else '  MISSED'}")
+    sys.exit(1 if missed else 0)
+
+
+def value_of(name: str, metrics: dict) -> float | None:
+    """The number that a floor such as "cyst, image AUROC" speaks of; None where it is undefined or the kind is absent."""
+    kind, _, metric = name.partition(", ")
+    entry = metrics["mean_over_kinds"] if kind == "mean of kinds" else metrics["kinds"].get(kind, {})
+    return entry.get(METRICS[metric])
+
+
+if __name__ == "__main__":
+    main()

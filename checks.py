@@ -1,0 +1,36 @@
+"""Leaf: the error that a user can put right, and what a setting must satisfy."""
+
+import math
+
+
+class UsageError(Exception):
+    """Something the user can put right; the message says how. Scripts print it on one line and exit with 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """UsageError with this message unless the condition holds."""
+    if not condition:
+        raise UsageError(message)
+
+
+def require_ranges(phase: str, config: object, names: tuple[str, ...], low: float, high: float = math.inf) -> None:
+    """Each named setting of a phase is finite and in [low, high]."""
+    upper = "" if high == math.inf else f" and at most {high:g}"
+    for name in names:
+        value = getattr(config, name)
+        inside = math.isfinite(value) and low <= value <= high
+        require(inside, f"{phase}.{name} must be at least {low:g}{upper}, got {value}")
+
+
+def require_positive(phase: str, config: object, names: tuple[str, ...]) -> None:
+    """Each named setting of a phase is finite and above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(math.isfinite(value) and value > 0, f"{phase}.{name} must be above 0, got {value}")
+
+
+def require_between(phase: str, config: object, names: tuple[str, ...]) -> None:
+    """Each named setting of a phase lies in (0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        require(0 < value < 1, f"{phase}.{name} must lie in (0, 1), got {value}")
