@@ -1,0 +1,158 @@
+"""Phase 4 without its networks: who is examined, who calibrates, and how results replace those of an earlier
+examination.
+"""
+
+import csv
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from checks import UsageError
+from config import Config, DataConfig, InferenceConfig
+from inference import begin, figures_to_draw, publish, read_normals, records_to_examine, refuse_known_content
+from radiographs.manifest import Record
+from reporting.lookup import LOOKUP, Pseudonyms
+
+
+def write_radiographs(folder, names, size=(24, 32)):
+    """Pictures of noise, one per name; each content is another."""
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, size, np.uint8)).save(path)
+
+
+def write_manifest(folder, rows):
+    with open(folder / "manifest.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("image", "split", "label", "kind", "patient"), *rows])
+
+
+def config_of(root, test="", **inference):
+    settings = InferenceConfig(calibration=str(root / "calibration"), batch_size=2, **inference)
+    return Config(data=DataConfig(root=str(root), test=str(test), num_workers=0), inference=settings)
+
+
+def model_that_trained_on(*patients, contents=()):
+    """Knows who trained, as the flow checkpoint says, and nothing else."""
+    return SimpleNamespace(trained_on=lambda patient, digest: patient in patients or digest in contents)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Two normals to train, three to validate, one to test; patients P0 to P5."""
+    splits = ["train", "train", "val", "val", "val", "test"]
+    rows = [(f"images/{i}.png", split, 0, "normal", f"P{i}") for i, split in enumerate(splits)]
+    write_radiographs(tmp_path, [name for name, *_ in rows])
+    write_manifest(tmp_path, rows)
+    return tmp_path
+
+
+# ---------------------------------------------------------------- who is examined
+
+
+def test_the_test_split_is_examined_where_no_folder_is_named(study):
+    records = records_to_examine(model_that_trained_on("P0", "P1"), config_of(study))
+    assert [record.patient for record in records] == ["P5"]
+
+
+def test_a_patient_who_trained_is_not_examined_unless_told(study, tmp_path):
+    model, config = model_that_trained_on("P5"), config_of(study)
+    with pytest.raises(
+        UsageError, match="1 of 1 radiographs are of patients who trained .*examine-training-patients True"
+    ):
+        records_to_examine(model, config)
+    assert len(records_to_examine(model, config_of(study, examine_training_patients=True))) == 1
+
+
+def test_a_file_of_another_folder_is_not_a_training_patient_for_having_the_same_name(study, tmp_path):
+    write_radiographs(tmp_path / "elsewhere", ["000.png", "001.png"])
+    records = records_to_examine(model_that_trained_on("000"), config_of(study, tmp_path / "elsewhere"))
+    assert len(records) == 2
+
+
+def test_a_patient_named_by_another_manifest_is_recognised(study, tmp_path):
+    other = tmp_path / "elsewhere"
+    write_radiographs(other, ["a.png", "b.png"])
+    write_manifest(other, [("a.png", "", "", "", "P0"), ("b.png", "", "", "", "P9")])
+    with pytest.raises(UsageError, match="1 of 2 radiographs"):
+        records_to_examine(model_that_trained_on("P0"), config_of(study, other))
+
+
+def test_a_picture_that_trained_is_recognised_whatever_its_name(study):
+    sample = SimpleNamespace(digest="seen before")
+    model = model_that_trained_on(contents={"seen before"})
+    with pytest.raises(UsageError, match="radiograph 007 .* trained the networks"):
+        refuse_known_content(model, sample, 7, config_of(study))
+    refuse_known_content(model, sample, 7, config_of(study, examine_training_patients=True))
+
+
+# ---------------------------------------------------------------- who calibrates
+
+
+def test_validation_normals_that_trained_are_left_out(study, capsys):
+    images = read_normals(model_that_trained_on("P2"), config_of(study))
+    assert images.shape == (2, 256, 256) and "1 of 3 validation normals trained" in capsys.readouterr().out
+
+
+def test_without_a_validation_normal_that_did_not_train_there_is_no_threshold(study):
+    with pytest.raises(UsageError, match="thresholds need radiographs that trained neither"):
+        read_normals(model_that_trained_on("P2", "P3", "P4"), config_of(study))
+
+
+def test_too_many_unreadable_validation_normals_stop_the_run_and_are_listed(study):
+    (study / "images/3.png").write_bytes(b"not a picture")
+    with (
+        pytest.warns(UserWarning, match="1 of 3 files"),
+        pytest.raises(UsageError, match=r"1 of 3 files .*max_bad_share"),
+    ):
+        read_normals(model_that_trained_on(), config_of(study))
+    assert "3.png" in (study / "calibration" / "skipped_files.csv").read_text()
+
+
+# ---------------------------------------------------------------- results
+
+
+def listed(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_earlier_results_stay_until_the_new_ones_are_complete(tmp_path):
+    config = config_of(tmp_path)
+    for name in ("scores.csv", "result_000.png", "result_001.png", "maps/000.npy", "metrics.json", "notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    fresh = begin(tmp_path, config)
+    for name in ("scores.csv", "result_000.png"):
+        (fresh / name).write_text("new")
+    assert (tmp_path / "scores.csv").read_text() == "old" and (tmp_path / "metrics.json").exists()
+    publish(fresh, tmp_path)
+    assert listed(tmp_path) == ["config.json", "notes.txt", "result_000.png", "scores.csv"]
+    assert (tmp_path / "scores.csv").read_text() == (tmp_path / "result_000.png").read_text() == "new"
+
+
+def test_what_a_killed_examination_left_is_not_mixed_with_the_next(tmp_path):
+    (begin(tmp_path, config_of(tmp_path)) / "result_009.png").write_text("of the killed one")
+    fresh = begin(tmp_path, config_of(tmp_path))
+    publish(fresh, tmp_path)
+    assert listed(tmp_path) == ["config.json"]
+
+
+def test_pseudonyms_are_the_same_in_the_next_run_and_others_elsewhere(tmp_path):
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    first = Pseudonyms(here)
+    name = first.name(0, Path("Smith.png"))
+    first.save(here)
+    assert Pseudonyms(here).name(3, Path("Smith.png")) == name != Pseudonyms(elsewhere).name(0, Path("Smith.png"))
+    assert "Smith" not in name and "Smith" in (here / LOOKUP).read_text()
+
+
+def test_figures_are_spread_over_the_kinds():
+    record = Record(Path("x"), "test", 1, "cyst", None, "p", "file")
+    kinds = ["cyst"] * 10 + ["caries"] * 2
+    records = [dataclasses.replace(record, kind=kind) for kind in kinds]
+    assert figures_to_draw(records, 4) == {0, 1, 10, 11}
+    assert figures_to_draw(records, -1) == set(range(12)) and figures_to_draw(records, 0) == set()
