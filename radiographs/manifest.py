@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import DataConfig, UsageError
-from radiographs.reading import SUFFIXES, find_radiographs, read_patient
+from radiographs.reading import SUFFIXES, find_radiographs, read_header
 
 SPLITS = {"": None, "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LABELS = {"": None, "0": 0, "0.0": 0, "1": 1, "1.0": 1}  # pandas writes whole columns as floats if one cell is empty
@@ -50,7 +50,7 @@ def list_records(root: str | Path, patient_from: str = "auto", setting: str = "d
 
 def _patient_of(path: Path, folder: Path) -> tuple[str, str]:
     """PatientID of a DICOM file, else the path in its folder without suffix; and which of the two rules said so."""
-    named = read_patient(path)
+    named = read_header(path).patient
     return (named, "header") if named else (path.relative_to(folder).with_suffix("").as_posix(), "file")
 
 
