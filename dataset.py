@@ -1,9 +1,9 @@
 """Part: records -> x in [-1, 1], mask, label; read once or as a stream, augmented reproducibly.
 
-splits = split_records(list_records(config), config)
+splits = split_records(list_records(config.root, config.patient_from), config)
 data = open_datasets(splits, config, seed, report)          every file read once, bad files reported
 train, val = data["train"].augmented(), data["val"]
-for items in read_batches(records, config, 8, skipped):     or as a stream: each file is read when its turn comes
+for batch in read_batches(records, config, 8, errors):      or as a stream: each file is read when its turn comes
 """
 
 import copy
@@ -25,12 +25,7 @@ from config import DataConfig, UsageError
 from files import write_csv
 from radiographs.geometry import fit_image, fit_mask
 from radiographs.manifest import Record
-from radiographs.reading import (
-    ImageReadError,
-    read_mask,
-    read_radiograph,
-    rescale,
-)
+from radiographs.reading import ImageReadError, read_mask, read_radiograph, rescale
 
 
 class Sample(NamedTuple):
@@ -76,9 +71,8 @@ def open_datasets(
     pool = ThreadPoolExecutor(max(1, config.num_workers))
     try:
         attempts = pool.map(partial(attempt_sample, config=config), records)
-        for record, result in zip(
-            records, tqdm(attempts, "reading radiographs", len(records), disable=quiet), strict=True
-        ):
+        bar = tqdm(attempts, "reading radiographs", len(records), disable=quiet)
+        for record, result in zip(records, bar, strict=True):
             if isinstance(result, ImageReadError):
                 errors.append(result)
                 continue
@@ -92,12 +86,11 @@ def open_datasets(
     readable = {name: [record for record in split if record.path in digests] for name, split in splits.items()}
     emptied = any(split and not readable[name] for name, split in splits.items())
     refuse_too_many_bad(len(errors), len(records), config, report, emptied)
-    return {
-        name: RadiographDataset(
-            split, config, seed, [digests[record.path] for record in split], samples if fits else None
-        )
-        for name, split in readable.items()
-    }
+    datasets = {}
+    for name, split in readable.items():
+        theirs = [digests[record.path] for record in split]
+        datasets[name] = RadiographDataset(split, config, seed, theirs, samples if fits else None)
+    return datasets
 
 
 def attempt_sample(record: Record, config: DataConfig) -> Sample | ImageReadError:
@@ -109,7 +102,10 @@ def attempt_sample(record: Record, config: DataConfig) -> Sample | ImageReadErro
 
 
 def report_skipped(errors: list[ImageReadError], total: int, report: Path) -> None:
-    """Write skipped_files.csv if there is anything to say, and remove that of an earlier run if not."""
+    """Write skipped_files.csv if there is anything to say, and remove that of an earlier run if not.
+
+    It names files without their folders, which may name patients.
+    """
     if not errors:
         report.unlink(missing_ok=True)
         return
@@ -118,7 +114,7 @@ def report_skipped(errors: list[ImageReadError], total: int, report: Path) -> No
 
 
 def refuse_too_many_bad(bad: int, total: int, config: DataConfig, report: Path, emptied: bool = False) -> None:
-    """UsageError if more than config.max_bad_share of the files cannot be read, or if that leaves nothing of a split."""
+    """UsageError if more than config.max_bad_share of the files cannot be read, or if that `emptied` a split."""
     if emptied or bad > config.max_bad_share * total:
         raise UsageError(
             f"{bad} of {total} files cannot be read, see {report}: mend or remove them, or raise data.max_bad_share"
@@ -128,30 +124,39 @@ def refuse_too_many_bad(bad: int, total: int, config: DataConfig, report: Path, 
 def read_batches(
     records: list[Record], config: DataConfig, batch_size: int, errors: list[ImageReadError]
 ) -> Iterator[list[tuple[int, Sample]]]:
-    """Batches of (position in records, sample), in order, read by threads one batch ahead; what cannot be read goes to `errors`."""
-    spans = [range(first, min(first + batch_size, len(records))) for first in range(0, len(records), batch_size)]
-    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:
+    """Batches of (position in records, sample), in order, read by threads one batch ahead.
 
-        def begin(span: range) -> list[Future]:
-            return [pool.submit(attempt_sample, records[index], config) for index in span]
+    What cannot be read goes to `errors`; a batch of which nothing can be read is left out. Any other exception ends it.
+    """
+    pool = ThreadPoolExecutor(max(1, config.num_workers))
 
-        ahead = begin(spans[0]) if spans else []
-        for span, following in zip(spans, [*spans[1:], range(0)], strict=True):
+    def begin(start: int) -> list[Future]:
+        return [pool.submit(attempt_sample, record, config) for record in records[start : start + batch_size]]
+
+    try:
+        ahead = begin(0)
+        for start in range(0, len(records), batch_size):
             results = [future.result() for future in ahead]
-            ahead = begin(following)
-            errors += [result for result in results if isinstance(result, ImageReadError)]
-            good = [(index, result) for index, result in zip(span, results, strict=True) if isinstance(result, Sample)]
-            if good:
-                yield good
+            ahead = begin(start + batch_size)
+            batch = []
+            for position, result in enumerate(results, start):
+                if isinstance(result, ImageReadError):
+                    errors.append(result)
+                else:
+                    batch.append((position, result))
+            if batch:
+                yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 class RadiographDataset(Dataset):
-    """Radiographs as tensors: dataset[index], or dataset[epoch, index] where augmentation shall differ from epoch to epoch.
+    """Radiographs as tensors: dataset[index], or dataset[epoch, index] where augmentation differs from epoch to epoch.
 
     An item holds image (float32 (1, H, W) in [-1, 1]), mask (uint8 (1, H, W), zeros where there is none), label (-1
-    unknown), has_mask, index, original_height and original_width (of the file, in pixels). With augmentation an item depends
-    on seed, epoch and index alone. Without samples in memory each access reads the file, and raises ImageReadError where
-    that fails. `digests` says of every record what its file holds.
+    unknown), has_mask, index, original_height and original_width (of the file, in pixels). With augmentation an item
+    depends on seed, epoch and index alone. Without samples in memory each access reads the file, and raises
+    ImageReadError where that fails. `digests` says of every record what its file holds.
     """
 
     def __init__(
@@ -221,7 +226,7 @@ class RadiographDataset(Dataset):
 
 
 def _geometry(config: DataConfig):
-    """Flip, rotation, shift and zoom. The uncovered border repeats the edge: black would draw an edge no radiograph has."""
+    """Flip, rotation, shift and zoom; the uncovered border repeats the edge, since black would draw one of its own."""
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for its newest version at import
     import albumentations
     import cv2

@@ -1,6 +1,7 @@
 """Leaf: the geometry between the size of a radiograph's file and the size of the model, there and back.
 
-Shapes are (H, W), rows first, y down. "stretch" squashes to the size of the model, "pad" keeps the aspect ratio on black.
+Shapes are (H, W) in pixels, rows first, y down: H W of the file, height width of the model. The fit "stretch" squashes
+to the size of the model, "pad" keeps the aspect ratio and centres the radiograph on black.
 """
 
 import cv2
@@ -8,7 +9,7 @@ import numpy as np
 
 
 def fit_image(x: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
-    """Bring x in [-1, 1], (H, W), to (height, width): "stretch" squashes, "pad" keeps the aspect ratio on black (-1) -> float32."""
+    """Bring x, (H, W) in [-1, 1], to the size of the model -> float32 (height, width), -1 where "pad" adds."""
     top, left, rows, columns = _content_box(x.shape, height, width, fit)
     fitted = np.full((height, width), -1, np.float32)
     fitted[top : top + rows, left : left + columns] = _resize(x, rows, columns)
@@ -16,7 +17,10 @@ def fit_image(x: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
 
 
 def fit_mask(mask: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
-    """Bring a bool mask (H, W) to (height, width) by maximum: every marked pixel stays visible, however small."""
+    """Bring a mask, bool (H, W), to the size of the model by maximum -> bool (height, width).
+
+    Every marked pixel stays visible, however small the lesion; what "pad" adds is unmarked.
+    """
     top, left, rows, columns = _content_box(mask.shape, height, width, fit)
     fitted = np.zeros((height, width), bool)
     fitted[top : top + rows, left : left + columns] = _max_resize(_max_resize(mask, rows, axis=0), columns, axis=1)
@@ -24,24 +28,29 @@ def fit_mask(mask: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
 
 
 def unfit_map(anomaly_map: np.ndarray, original_shape: tuple[int, int], fit: str) -> np.ndarray:
-    """Bring an anomaly map (height, width) back to the (H, W) of its radiograph, without the border "pad" added -> float32."""
+    """Bring an anomaly map, (height, width) in any unit, back to its radiograph -> float32 original_shape = (H, W).
+
+    The border that "pad" added is cut off. Values are interpolated, or averaged where the file is smaller.
+    """
     top, left, rows, columns = _content_box(original_shape, *anomaly_map.shape, fit)
     return _resize(anomaly_map[top : top + rows, left : left + columns], *original_shape)
 
 
 def _content_box(original_shape: tuple[int, int], height: int, width: int, fit: str) -> tuple[int, int, int, int]:
-    """Where the radiograph lies in the (height, width) frame: top, left, rows, columns."""
+    """Where a radiograph of original_shape = (H, W) lies in the (height, width) frame -> top, left, rows, columns."""
     if fit == "stretch":
         return 0, 0, height, width
     scale = min(height / original_shape[0], width / original_shape[1])
-    rows, columns = (
-        min(limit, max(1, round(side * scale))) for side, limit in zip(original_shape, (height, width), strict=True)
-    )
+    rows = min(height, max(1, round(original_shape[0] * scale)))
+    columns = min(width, max(1, round(original_shape[1] * scale)))
     return (height - rows) // 2, (width - columns) // 2, rows, columns
 
 
 def _resize(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Area mean along an axis that shrinks, linear along one that grows; OpenCV's area mode knows no mixture -> float32."""
+    """(H, W) -> float32 (rows, columns): area mean along an axis that shrinks, linear along one that grows.
+
+    One axis after the other, since OpenCV's area mode knows no mixture.
+    """
     x = np.ascontiguousarray(x, np.float32)
     for size in ((x.shape[1], rows), (columns, rows)):
         shrinks = size[0] * size[1] < x.size
@@ -50,7 +59,10 @@ def _resize(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def _max_resize(mask: np.ndarray, size: int, axis: int) -> np.ndarray:
-    """Maximum over the source pixels whose centre falls into each target pixel; where the axis grows, the pixel beneath."""
+    """Bring one axis of a bool (H, W) to `size` pixels.
+
+    Each is the maximum over the source pixels whose centre falls into it; where the axis grows, the pixel beneath it.
+    """
     source = mask.shape[axis]
     if size >= source:
         return np.take(mask, np.arange(size) * source // size, axis)

@@ -1,8 +1,8 @@
-"""Leaf: who trained, as salted hashes that travel in checkpoints, so that no later phase takes a training patient for a new one.
+"""Leaf: who trained, as salted hashes that travel in checkpoints: no later phase takes a trained patient for a new one.
 
-A patient is known by name and by content: the same radiograph under another name or in another file format is still recognised.
-The salt is stored beside the hashes: whoever holds a checkpoint can ask whether a patient they already know is in it, and cannot
-list those they do not know.
+A patient is known by name and by content: the same radiograph under another name or in another file format is still
+recognised. The salt is stored beside the hashes: whoever holds a checkpoint can ask whether a patient they already know
+is in it, and cannot list those they do not know.
 """
 
 import hashlib

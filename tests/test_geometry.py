@@ -1,0 +1,58 @@
+"""Between the sizes of a file and of the model: images by area, masks by maximum, maps back where they came from."""
+
+import numpy as np
+import pytest
+
+from radiographs.geometry import fit_image, fit_mask, unfit_map
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(100, 200), (200, 100), (33, 500), (64, 64), (20, 30)])
+def test_fit_then_unfit_returns_a_smooth_image(shape, fit):
+    x = np.add.outer(np.linspace(-0.5, 0.5, shape[0]), np.linspace(-0.4, 0.4, shape[1])).astype(np.float32)
+    fitted = fit_image(x, 64, 96, fit)
+    back = unfit_map(fitted, shape, fit)
+    assert fitted.shape == (64, 96) and back.shape == shape and back.dtype == np.float32
+    np.testing.assert_allclose(back, x, atol=0.08)  # a few source pixels at the ends of an axis
+
+
+def test_an_image_of_the_right_size_is_left_as_it_is():
+    x = np.random.default_rng(0).uniform(-1, 1, (64, 96)).astype(np.float32)
+    for fit in ("stretch", "pad"):
+        np.testing.assert_array_equal(fit_image(x, 64, 96, fit), x)
+        np.testing.assert_array_equal(unfit_map(x, (64, 96), fit), x)
+
+
+def test_shrinking_by_a_whole_factor_is_the_mean_of_the_blocks_even_while_the_other_axis_grows():
+    x = np.random.default_rng(0).uniform(-1, 1, (64, 90)).astype(np.float32)
+    np.testing.assert_allclose(fit_image(x, 32, 30, "stretch"), x.reshape(32, 2, 30, 3).mean((1, 3)), atol=1e-6)
+    grown = fit_image(np.repeat(x[:16, :1], 90, axis=1), 8, 120, "stretch")
+    np.testing.assert_allclose(grown, np.repeat(x[:16, :1].reshape(8, 2, 1).mean(1), 120, axis=1), atol=1e-6)
+
+
+def test_pad_keeps_the_aspect_ratio_on_black():
+    fitted = fit_image(np.ones((50, 100), np.float32), 96, 96, "pad")
+    assert (fitted[24:72] == 1).all() and (fitted[:24] == -1).all() and (fitted[72:] == -1).all()
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(640, 1280), (50, 900), (33, 47)])
+def test_fit_mask_keeps_a_lesion_of_one_pixel_wherever_it_lies(shape, fit):
+    for row, column in np.random.default_rng(0).integers(0, shape, (100, 2)):
+        mask = np.zeros(shape, bool)
+        mask[row, column] = True
+        assert fit_mask(mask, 64, 96, fit).any()
+
+
+def test_fit_mask_by_a_whole_factor_is_the_maximum_of_the_blocks():
+    mask = np.random.default_rng(0).random((64, 90)) < 0.1
+    np.testing.assert_array_equal(fit_mask(mask, 32, 30, "stretch"), mask.reshape(32, 2, 30, 3).any((1, 3)))
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_a_lesion_lies_at_the_same_place_in_image_and_mask(fit):
+    mask = np.zeros((300, 700), bool)
+    mask[90:150, 400:520] = True
+    image = fit_image(np.where(mask, 1, -1).astype(np.float32), 64, 96, fit)
+    centres = [np.argwhere(there).mean(0) for there in (image > 0, fit_mask(mask, 64, 96, fit))]
+    np.testing.assert_allclose(*centres, atol=0.6)
