@@ -154,7 +154,7 @@ class Calibration:
             content = json.loads(description.read_text())
             whole = content.pop("format") == FORMAT and content.pop("arrays_sha256") == sha256(path)
             arrays = dict(np.load(path, allow_pickle=False)) if whole else None
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{description} is damaged ({error}): remove {description.parent} to make it anew"
             ) from error

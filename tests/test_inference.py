@@ -1,0 +1,269 @@
+"""Phase 4 on a dozen phantoms, run as a user runs it, and what it leaves on disk."""
+
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import scipy.ndimage as ndi
+import torch
+from PIL import Image
+from pipeline import flags_of, opens, strict_json, table
+from sklearn.metrics import roc_auc_score
+
+import inference
+from calibration import Calibration
+from command_line import parse_command
+from config import InferenceConfig
+from files import load_checkpoint, save_checkpoint, sha256
+from normalizer import Normalizer
+from phantoms import phantom
+from runtime import plain
+
+QUIET = ["--inference.figures", 0, "--inference.save-maps", "False"]
+
+
+def scores_in(folder):
+    return [float(row["score"]) for row in table(folder / "scores.csv")]
+
+
+def listed_test_rows(made):
+    return [row for row in table(made.phantoms / "manifest.csv") if row["split"] == "test"]
+
+
+# ---------------------------------------------------------------- what it leaves behind
+
+
+def test_every_artefact_of_phase_4_is_there_and_nothing_unfinished(examined):
+    fixed = {"scores.csv", "maps", "metrics.json", "config.json", "lookup_local_only.csv"}
+    assert fixed == {path.name for path in examined.phase4.iterdir() if not path.match("result_*.png")}
+    assert {path.name for path in (examined.out / "calibration").iterdir()} == {"calibrated.npz", "calibrated.json"}
+
+
+def test_phase_4_writes_the_config_it_ran_with(examined):
+    expected = plain(parse_command("", flags_of(examined.out, examined.phantoms)).config)
+    assert strict_json(examined.phase4 / "config.json") == expected
+
+
+def test_every_picture_of_phase_4_is_a_png(examined):
+    assert all(opens(path) for path in examined.phase4.glob("*.png"))
+
+
+def test_scores_have_one_row_per_test_image_in_the_order_of_the_input(examined):
+    rows, listed = table(examined.phase4 / "scores.csv"), listed_test_rows(examined)
+    assert list(rows[0]) == ["index", "name", "score", "p_value", "flagged", "label", "kind"]
+    assert [(row["label"], row["kind"]) for row in rows] == [(row["label"], row["kind"]) for row in listed]
+    assert [row["index"] for row in rows] == [f"{index:03d}" for index in range(9)]
+    assert len({row["name"] for row in rows}) == 9
+
+
+def test_scores_name_no_source(examined):
+    text = (examined.phase4 / "scores.csv").read_text()
+    for row in table(examined.phantoms / "manifest.csv"):
+        assert Path(row["image"]).stem not in text and row["patient"] not in text
+    sources = {row["name"]: row["source"] for row in table(examined.phase4 / "lookup_local_only.csv")}
+    assert all(Path(sources[row["name"]]).is_file() for row in table(examined.phase4 / "scores.csv"))
+
+
+def test_the_score_is_the_mean_of_the_highest_hundredth_of_the_map(examined):
+    for row in table(examined.phase4 / "scores.csv"):
+        anomaly_map = np.load(examined.phase4 / "maps" / f"{row['index']}.npy", allow_pickle=False)
+        assert anomaly_map.shape == (64, 128) and anomaly_map.dtype == np.float32 and anomaly_map.min() >= 0
+        highest = np.sort(anomaly_map.ravel())[-82:]  # 1 % of 64 x 128
+        assert float(row["score"]) == pytest.approx(highest.mean(), abs=1e-5)
+
+
+def test_metrics_are_strict_json_by_kind_and_agree_with_the_scores(examined):
+    metrics, rows = strict_json(examined.phase4 / "metrics.json"), table(examined.phase4 / "scores.csv")
+    labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
+    assert set(metrics["kinds"]) == set(phantom.LESIONS) and metrics["validation_normals"]["images"] == 4
+    assert metrics["overall"]["auroc"] == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_thresholds_and_p_values_come_from_the_validation_normals(examined):
+    known = Calibration.load(examined.out / "calibration", "calibrated")
+    threshold = known.score_threshold(0.05)
+    assert len(known.scores) == 4 and (known.scores > threshold).mean() <= 0.05
+    assert known.belongs_to["flow_sha256"] == sha256(examined.phase3 / "checkpoint_best.pt")
+    for row in table(examined.phase4 / "scores.csv"):
+        score = float(row["score"])
+        assert int(row["flagged"]) == (score > threshold) or abs(score - threshold) < 1e-5
+        assert float(row["p_value"]) in (0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def test_as_many_figures_as_asked_for_of_different_kinds(examined):
+    drawn = [path.stem.removeprefix("result_") for path in examined.phase4.glob("result_*.png")]
+    kinds = {row["kind"] for row in table(examined.phase4 / "scores.csv") if row["index"] in drawn}
+    assert len(drawn) == 3 and len(kinds) == 3
+
+
+def test_the_last_line_names_the_figure_with_the_highest_score(examined):
+    figure = Path(re.fullmatch(r"look at (.*): .*", examined.printed.splitlines()[-1]).group(1))
+    scores = {row["index"]: float(row["score"]) for row in table(examined.phase4 / "scores.csv")}
+    drawn = [path.stem.removeprefix("result_") for path in examined.phase4.glob("result_*.png")]
+    assert figure.is_file() and figure.stem.removeprefix("result_") == max(drawn, key=scores.get)
+
+
+def test_the_optimism_of_the_threshold_is_said_where_it_is_printed(examined):
+    assert "the same normals chose the checkpoints" in examined.printed
+
+
+# ---------------------------------------------------------------- the plain map
+
+
+def test_the_plain_map_is_the_formula_of_the_mission_between_the_file_and_g(call, made, tmp_path):
+    flags = ["--inference.method", "plain", "--inference.figures", 0, "--inference.smooth-share", 0]
+    assert call("inference", *flags).code == 0
+    settings = InferenceConfig(solver="one_step", draws=2)
+    vae, flow = (made.out / place / "checkpoint_best.pt" for place in ("phase1_vae", "phase3_flowdiff"))
+    G = Normalizer.load(vae, flow, settings)
+    for index, row in list(enumerate(listed_test_rows(made)))[:3]:
+        x = G.read(made.phantoms / row["image"])
+        residual = (x - G(x))[0, 0].double().numpy()
+        sobel = [ndi.sobel(residual, axis=axis, mode="nearest") / 8 for axis in (0, 1)]
+        expected = np.abs(residual) + 0.5 * np.abs(sobel).mean(0)
+        expected += 0.3 * np.abs(ndi.laplace(residual, mode="nearest"))
+        ours = np.load(tmp_path / "phase4_inference" / "maps" / f"{index:03d}.npy")
+        np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+# ---------------------------------------------------------------- today's config against the checkpoints
+
+
+def test_scores_do_not_depend_on_the_batch_size(call, examined, tmp_path):
+    assert call("inference", "--inference.batch-size", 1, *QUIET).code == 0
+    assert scores_in(tmp_path / "phase4_inference") == pytest.approx(scores_in(examined.phase4), abs=1e-5)
+    assert not list(tmp_path.glob("phase4_inference/*.png")) and not (tmp_path / "phase4_inference" / "maps").exists()
+
+
+def test_scores_do_not_depend_on_the_model_in_todays_config(call, examined, tmp_path):
+    unet = "--unet.channels 32 32 32 --unet.attention False False True --unet.norm-groups 16"
+    assert call("inference", *unet.split(), "--vae.scratch-channels", 8, 8, 8, 8, *QUIET).code == 0
+    assert scores_in(tmp_path / "phase4_inference") == pytest.approx(scores_in(examined.phase4), abs=1e-5)
+
+
+def test_size_and_percentiles_are_those_of_the_checkpoint_whatever_the_preset_says(
+    made, examined, tmp_path, monkeypatch
+):
+    vae, flow = (made.out / place / "checkpoint_best.pt" for place in ("phase1_vae", "phase3_flowdiff"))
+    command = parse_command("", ["--preset", "cpu", "--data.root", str(made.phantoms)])
+    model = Normalizer.load(vae, flow, command.config.inference)
+    adopted = command.adopt(model.artefact, str(flow)).data
+    assert (command.config.data.height, adopted.height, adopted.width) == (256, 64, 128)
+    assert (adopted.percentile_low, adopted.percentile_high) == (0.5, 99.5)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--data.fit", "pad"), ("--data.height", 96), ("--data.split-seed", 4)])
+def test_a_flag_that_contradicts_the_checkpoint_is_named(flag, value, call):
+    result = call("inference", flag, value)
+    assert result.code == 2 and result.error.startswith(f"error: {flag} {value} contradicts")
+
+
+def test_another_vae_than_that_of_the_latents_is_refused(call, made, tmp_path):
+    content = load_checkpoint(made.phase1 / "checkpoint_best.pt", "vae", "")
+    content["weights"]["autoencoder.decoder.conv_out.bias"] += 1
+    save_checkpoint(tmp_path / "other.pt", "vae", {**content, "step": 7})
+    result = call("inference", "--inference.vae-checkpoint", tmp_path / "other.pt")
+    assert result.code == 2 and "another VAE" in result.error and "python extract_latents.py" in result.error
+
+
+def test_phase_4_without_phase_3_names_it(call, tmp_path):
+    result = call("inference", "--inference.flow-checkpoint", tmp_path / "none.pt")
+    assert result.code == 2
+    assert result.error == f"error: {tmp_path / 'none.pt'} is missing: run python train_flowdiff.py first"
+
+
+def test_several_processes_are_refused(call, monkeypatch):
+    several = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    monkeypatch.setattr(inference, "start", lambda runtime: several)
+    result = call("inference")
+    assert result.code == 2 and "start it with python, not torchrun" in result.error
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_a_calibration_is_made_once_and_made_anew_under_other_settings(call, tmp_path):
+    assert "calibration read from" not in call("inference", *QUIET).out
+    before = scores_in(tmp_path / "phase4_inference")
+    again = call("inference", *QUIET)
+    assert "calibration read from" in again.out and scores_in(tmp_path / "phase4_inference") == before
+    other = call("inference", *QUIET, "--calibration.levels", 0.2)
+    assert "belongs to other checkpoints or settings: made anew" in other.out
+
+
+def test_a_calibration_serves_where_the_normals_are_not_at_hand(call, examined, unlabelled, tmp_path):
+    elsewhere = ["--inference.calibration", examined.out / "calibration", "--data.test", unlabelled]
+    result = call("inference", *elsewhere, *QUIET, data=tmp_path / "nowhere")
+    assert result.code == 0, result.error
+
+
+# ---------------------------------------------------------------- other radiographs
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    """A folder of two radiographs of a patient's name, of a size of their own, without any label."""
+    folder = tmp_path / "Smith_Jane" / "panoramic"
+    folder.mkdir(parents=True)
+    for patient in range(2):
+        pixels = np.round(phantom.draw_phantom(9, patient, None, 90, 200).image * 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"visit_{patient}.png")
+    return folder.parent
+
+
+def test_a_folder_without_labels_is_examined_at_the_size_of_its_files(call, unlabelled, tmp_path):
+    result, out = call("inference", "--data.test", unlabelled), tmp_path / "phase4_inference"
+    assert result.code == 0 and "no metrics" in result.out and not (out / "metrics.json").exists()
+    assert [(row["label"], row["kind"]) for row in table(out / "scores.csv")] == [("", "")] * 2
+    assert [np.load(path).shape for path in sorted(out.glob("maps/*.npy"))] == [(90, 200)] * 2
+    assert len(list(out.glob("result_*.png"))) == 2
+    shown = (out / "scores.csv").read_text() + result.out
+    assert not any(name in shown.replace(str(unlabelled), "") for name in ("Smith", "visit", "panoramic"))
+
+
+def test_nothing_of_an_earlier_examination_stays(call, examined, unlabelled, tmp_path):
+    out = shutil.copytree(examined.phase4, tmp_path / "phase4_inference")
+    assert call("inference", "--data.test", unlabelled).code == 0
+    assert not (out / "metrics.json").exists(), "metrics of other images lie beside these scores"
+    assert sorted(path.name for path in out.glob("maps/*")) == ["000.npy", "001.npy"]
+    assert sorted(path.name for path in out.glob("result_*")) == ["result_000.png", "result_001.png"]
+
+
+def test_an_unreadable_file_is_named_and_the_others_keep_their_places(call, unlabelled, tmp_path):
+    (unlabelled / "panoramic" / "visit_0b.png").write_bytes(b"not a picture")
+    assert call("inference", "--data.test", unlabelled, "--data.max-bad-share", 0.5).code == 0
+    out = tmp_path / "phase4_inference"
+    assert [row["index"] for row in table(out / "scores.csv")] == ["000", "002"]
+    assert [row["file"] for row in table(out / "skipped_files.csv")] == ["visit_0b.png"]
+
+
+def test_too_many_unreadable_files_stop_the_run_and_leave_the_earlier_results(call, examined, unlabelled, tmp_path):
+    out = shutil.copytree(examined.phase4, tmp_path / "phase4_inference")
+    before = (out / "scores.csv").read_text()
+    (unlabelled / "panoramic" / "aaa.png").write_bytes(b"not a picture")
+    result = call("inference", "--data.test", unlabelled)
+    assert result.code == 2 and "1 of 3 files cannot be read" in result.error and "data.max_bad_share" in result.error
+    assert (out / "scores.csv").read_text() == before and (out / "metrics.json").exists()
+
+
+def test_a_training_patient_is_refused_unless_told(call, made, tmp_path):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    shutil.copy(made.phantoms / "images" / "train_0003.dcm", folder / "somebody.dcm")
+    result = call("inference", "--data.test", folder)
+    assert result.code == 2 and "1 of 1 radiographs are of patients who trained the networks" in result.error
+    assert call("inference", "--data.test", folder, "--inference.examine-training-patients", "True", *QUIET).code == 0
+
+
+def test_a_training_radiograph_is_recognised_by_its_content(call, made, tmp_path):
+    import pydicom
+
+    folder = tmp_path / "new"
+    folder.mkdir()
+    pixels = pydicom.dcmread(made.phantoms / "images" / "train_0003.dcm").pixel_array
+    Image.fromarray(pixels.astype(np.uint16)).save(folder / "holiday.png")
+    result = call("inference", "--data.test", folder)
+    assert result.code == 2 and "radiograph 000" in result.error and "trained the networks" in result.error
