@@ -67,7 +67,7 @@ class PixelSample:
 
     def fit(self) -> Fusion:
         """The regression that answers best."""
-        regression = LogisticRegression(C=self.settings.regularization, max_iter=500)
+        regression = LogisticRegression(C=self.settings.regularization, tol=1e-6, max_iter=2000)
         regression.fit(np.concatenate(self.rows), np.concatenate(self.answers))
         weights = torch.from_numpy(regression.coef_[0]).float()
         return Fusion(weights, float(regression.intercept_[0]), self.settings.largest_deviation)

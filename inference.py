@@ -42,7 +42,7 @@ from reporting.summary import metrics_table
 from runtime import plain, run_script, start
 
 UNFINISHED = "unfinished"  # where results lie until all of them are there
-RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv", "skipped_files.csv")
+RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv")
 
 
 @dataclass
@@ -97,8 +97,9 @@ def main() -> None:
                     findings.best = max(findings.best, (score, figure))
             progress.update(len(batch))
 
-    report_skipped(errors, len(records), fresh / "skipped_files.csv")
-    refuse_too_many_bad(len(errors), len(records), config.data, fresh / "skipped_files.csv", not findings.rows)
+    skipped = out / "skipped_files.csv"
+    report_skipped(errors, len(records), skipped)
+    refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=not findings.rows)
     columns = ["index", "name", "score", "p_value", "flagged", "label", "kind"]
     write_csv(fresh / "scores.csv", columns, findings.rows)
     names.save(fresh)

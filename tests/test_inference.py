@@ -133,7 +133,8 @@ def test_the_plain_map_is_the_formula_of_the_mission_between_the_file_and_g(call
 
 
 def test_scores_do_not_depend_on_the_batch_size(call, examined, tmp_path):
-    assert call("inference", "--inference.batch-size", 1, *QUIET).code == 0
+    known = ["--inference.calibration", examined.out / "calibration"]
+    assert call("inference", *known, "--inference.batch-size", 1, *QUIET).code == 0
     assert scores_in(tmp_path / "phase4_inference") == pytest.approx(scores_in(examined.phase4), abs=1e-5)
     assert not list(tmp_path.glob("phase4_inference/*.png")) and not (tmp_path / "phase4_inference" / "maps").exists()
 
