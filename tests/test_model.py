@@ -1,4 +1,4 @@
-"""The VAE: losses against other libraries, what the frozen encoder keeps, the way from a checkpoint to the same network."""
+"""The VAE: losses against other libraries, what the frozen encoder keeps, and the way back from a checkpoint."""
 
 import copy
 import json
