@@ -11,7 +11,7 @@ same at every resolution: 0.004 is one pixel at 256.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from checks import UsageError, require, require_between, require_positive, require_ranges  # noqa: F401
+from checks import require, require_between, require_positive, require_ranges
 
 VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
 PREPROCESSING = ("height", "width", "fit", "percentile_low", "percentile_high")  # of DataConfig: how a file becomes x

@@ -21,7 +21,8 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from config import DataConfig, UsageError
+from checks import UsageError
+from config import DataConfig
 from files import write_csv
 from radiographs.geometry import fit_image, fit_mask
 from radiographs.manifest import Record

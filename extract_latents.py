@@ -1,10 +1,12 @@
 """Phase 2: encode every normal radiograph, z = mean of the posterior.
 
-Reads   the normal radiographs of data.root and outputs/phase1_vae/checkpoint_best.pt
-Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, 4, h, w), raw; latents_{train,val}.pkl with the source
-        path of every row, for people; latents.json with the per-channel mean and std that standardize the latents
+Reads   the normal radiographs of data.root and outputs/phase1_vae/checkpoint_best.pt, which says how a file becomes x
+        and who validates; a radiograph that trained the VAE is no validation radiograph here either
+Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), raw; latents_{train,val}.pkl with the
+        source path of every row, for people; latents.json with the mean and std per channel that standardize them
 
-Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only latents.
+Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only
+latents.
 Look for: standardized mean near 0 and std near 1 on the validation rows too, and a short list of outliers.
 """
 
@@ -16,91 +18,133 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from command_line import parse_config
-from config import Config, UsageError
+from checks import UsageError
+from command_line import parse_command
+from config import VAE_DOWNSAMPLING, Config, LatentConfig
 from dataset import RadiographDataset, open_datasets
 from files import load_checkpoint, sha256, write_atomically, write_json
+from latent_dataset import FORMAT
 from model import RadiographVAE, rebuild_vae
-from radiographs.manifest import list_records, split_records
+from radiographs.manifest import describe_patients, list_records, split_records
+from radiographs.membership import Membership
 from runtime import plain, run_script, start
 
 
 def main() -> None:
-    config = parse_config(__doc__)
-    settings, seed, out = config.latent, config.runtime.seed, Path(config.latent.output)
+    command = parse_command(__doc__)
+    settings, out = command.config.latent, Path(command.config.latent.output)
     checkpoint = load_checkpoint(settings.vae_checkpoint, "vae", "python train_vae.py")
+    vae_sha256 = sha256(settings.vae_checkpoint)
+    config = command.adopt(checkpoint, settings.vae_checkpoint)
     accelerator = start(config.runtime)
     if accelerator.num_processes > 1:
         raise UsageError("phase 2 runs in one process: start it with python, not torchrun")
     vae = rebuild_vae(checkpoint).to(accelerator.device)
-    for name in ("height", "width", "fit", "percentile_low", "percentile_high"):
-        trained, now = checkpoint["config"]["data"][name], getattr(config.data, name)
-        if trained != now:
-            print(f"note: the VAE was trained with data.{name} = {trained}, these latents are made with {now}")
 
-    splits = split_records(list_records(config.data.root), config.data, seed)
-    normals = {name: splits[name] for name in ("train", "val")}
-    datasets, latents, sources = open_datasets(normals, config.data, seed, out / "skipped_files.csv"), {}, {}
+    datasets = open_normals(config, out)
+    rows = {"train": list(range(len(datasets["train"]))), "val": unseen_rows(datasets["val"], checkpoint, settings)}
+
+    # From here until it is written again nothing that lies in the folder may pass for finished.
+    (out / "latents.json").unlink(missing_ok=True)
+    latents: dict[str, np.ndarray] = {}
+    sources: dict[str, list[str]] = {}
     for split, copies in (("train", settings.augmented_copies), ("val", 0)):
-        dataset = datasets[split]
-        path = out / f"latents_{split}.npy"
-        write_atomically(
-            path, lambda beside, d=dataset, s=split, c=copies: encode(vae, d, c, beside, config, accelerator.device, s)
-        )
-        latents[split] = np.load(path, mmap_mode="r")
-        sources[split] = [str(record.path) for record in dataset.records] * (1 + copies)
-        write_atomically(
-            out / f"latents_{split}.pkl", lambda beside, rows=sources[split]: beside.write_bytes(pickle.dumps(rows))
-        )
+        dataset, path = datasets[split], out / f"latents_{split}.npy"
+        keys = [(copy, row) for copy in range(1 + copies) for row in rows[split]]
+        encode_to_file(vae, dataset, keys, path, config, accelerator.device)
+        latents[split] = np.load(path, mmap_mode="r", allow_pickle=False)
+        sources[split] = [str(dataset.records[row].path) for _, row in keys]
+        pickled = pickle.dumps(sources[split])
+        write_atomically(out / f"latents_{split}.pkl", lambda beside, pickled=pickled: beside.write_bytes(pickled))
 
     mean, std = channel_statistics(latents["train"])
     outliers = find_outliers(latents, sources, settings.outlier_std)
-    write_json(
-        out / "latents.json",
-        {
-            "format": 1,
-            "vae_sha256": sha256(settings.vae_checkpoint),
-            "shape": list(latents["train"].shape[1:]),
-            "rows": {split: len(rows) for split, rows in latents.items()},
-            "images": {"train": len(latents["train"]) // (1 + settings.augmented_copies), "val": len(latents["val"])},
-            "mean": mean.tolist(),
-            "std": std.tolist(),
-            "outliers": outliers,
-            "sources": sources,
-            "config": {"data": plain(config.data), "latent": plain(settings), "seed": seed},
-        },
-    )
-    summarize(latents, mean, std, outliers, out)
+    description = {
+        "format": FORMAT,
+        "vae_sha256": vae_sha256,
+        "sha256": {split: sha256(out / f"latents_{split}.npy") for split in latents},
+        "shape": list(latents["train"].shape[1:]),
+        "rows": {split: len(part) for split, part in latents.items()},
+        "images": {split: len(part) for split, part in rows.items()},
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "preprocessing": config.data.preprocessing,
+        "split": config.data.split,
+        "members": members_of(datasets, rows),
+        "outliers": outliers,
+        "sources": sources,
+        "config": plain(config),
+    }
+    write_json(out / "latents.json", description)
+    summarize(latents, mean, std, outliers)
+    print(f"wrote {out}\nnext: {command.next('train_flowdiff.py')}")
 
 
-@torch.no_grad()
-def encode(
+def open_normals(config: Config, out: Path) -> dict[str, RadiographDataset]:
+    """Every normal radiograph that trains or validates. Where a patient goes depends on the patient alone."""
+    records = list_records(config.data.root, config.data.patient_from)
+    print(describe_patients(records))
+    splits = split_records(records, config.data)
+    normals = {name: splits[name] for name in ("train", "val")}
+    return open_datasets(normals, config.data, config.runtime.seed, out / "skipped_files.csv")
+
+
+def unseen_rows(dataset: RadiographDataset, checkpoint: dict, settings: LatentConfig) -> list[int]:
+    """The validation radiographs whose patient and content did not train the VAE; UsageError if there is none."""
+    members = Membership.from_plain(checkpoint["members"])
+    known = zip(dataset.records, dataset.digests, strict=True)
+    rows = [row for row, (record, digest) in enumerate(known) if not members.trained(record.patient, digest)]
+    seen = len(dataset) - len(rows)
+    if not rows:
+        raise UsageError(
+            f"all {seen} validation radiographs trained the VAE of {settings.vae_checkpoint}: "
+            "run python train_vae.py again on today's data"
+        )
+    if seen:
+        print(
+            f"left out of validation: {seen} of {len(dataset)} radiographs, for they, or others of their patient, "
+            "trained the VAE"
+        )
+    return rows
+
+
+def members_of(datasets: dict[str, RadiographDataset], rows: dict[str, list[int]]) -> dict:
+    """Who trains and who validates in phase 3, as latents.json keeps it."""
+    patients = {name: [datasets[name].records[row].patient for row in part] for name, part in rows.items()}
+    digests = {name: [datasets[name].digests[row] for row in part] for name, part in rows.items()}
+    return Membership.of(patients, digests).plain()
+
+
+def encode_to_file(
     vae: RadiographVAE,
     dataset: RadiographDataset,
-    copies: int,
+    keys: list[tuple[int, int]],
     path: Path,
     config: Config,
     device: torch.device,
-    split: str,
 ) -> None:
-    """Write the latents of every image, plain rows first, then each augmented copy, straight into the file: memory stays constant.
+    """The latents of (copy, row) keys as .npy, whole or not at all, written batch by batch: memory stays constant.
 
     Copy 0 is the image as it is; the epoch number of an augmented image is its copy number.
     """
-    height, width = config.data.height // 8, config.data.width // 8
-    shape = (len(dataset) * (1 + copies), vae.latent_channels, height, width)
-    with open(path, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        with tqdm(total=shape[0], desc=f"phase 2, {split}", unit="latent") as progress:
-            for copy in range(1 + copies):
-                keys = [(copy, index) for index in range(len(dataset))]
-                images = dataset.augmented() if copy else dataset
-                for batch in DataLoader(
-                    images, batch_size=config.latent.batch_size, sampler=keys, num_workers=config.data.num_workers
-                ):
+    height, width = config.data.height // VAE_DOWNSAMPLING, config.data.width // VAE_DOWNSAMPLING
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(keys), vae.latent_channels, height, width)}
+    plain_keys = [key for key in keys if key[0] == 0]
+    parts = [(dataset, plain_keys), (dataset.augmented(), keys[len(plain_keys) :])]
+
+    @torch.no_grad()
+    def write(beside: Path) -> None:
+        with open(beside, "wb") as file, tqdm(total=len(keys), desc=f"phase 2, {path.name}", unit="latent") as progress:
+            np.lib.format.write_array_header_1_0(file, header)
+            for images, wanted in parts:
+                workers = config.data.num_workers if wanted else 0
+                loader = DataLoader(images, config.latent.batch_size, sampler=wanted, num_workers=workers)
+                for batch in loader:
                     mean, _ = vae.encode(batch["image"].to(device))
                     file.write(mean.float().cpu().numpy().astype("<f4").tobytes())
                     progress.update(len(mean))
+
+    write_atomically(path, write)
 
 
 def channel_statistics(latents: np.ndarray, rows_at_once: int = 256) -> tuple[np.ndarray, np.ndarray]:
@@ -116,7 +160,7 @@ def channel_statistics(latents: np.ndarray, rows_at_once: int = 256) -> tuple[np
 
 
 def find_outliers(latents: dict[str, np.ndarray], sources: dict[str, list[str]], limit: float) -> list[dict]:
-    """Rows whose per-channel mean or spread lies more than `limit` robust standard deviations from the median of the training rows.
+    """Rows whose mean or spread in a channel lies more than `limit` robust deviations from the training rows' median.
 
     Raises UsageError if a latent is not finite: training on it would destroy the network.
     """
@@ -127,12 +171,12 @@ def find_outliers(latents: dict[str, np.ndarray], sources: dict[str, list[str]],
         bad = sorted({Path(sources[split][row]).name for row in np.flatnonzero(~np.isfinite(values).all(1))})
         if bad:
             raise UsageError(
-                f"the latents of {', '.join(bad[:5])} ({len(bad)} files) are not finite: look at these files, or train phase 1 again"
+                f"the latents of {', '.join(bad[:5])} ({len(bad)} files) are not finite: "
+                "look at these files, or train phase 1 again"
             )
     median = np.median(features["train"], axis=0)
-    spread = (
-        1.4826 * np.median(np.abs(features["train"] - median), axis=0) + 1e-6
-    )  # 1.4826 MAD estimates a normal's standard deviation
+    deviation = np.median(np.abs(features["train"] - median), axis=0)
+    spread = 1.4826 * deviation + 1e-6  # 1.4826 MAD estimates a normal's standard deviation
     found = []
     for split, values in features.items():
         distance = (np.abs(values - median) / spread).max(axis=1)
@@ -143,22 +187,17 @@ def find_outliers(latents: dict[str, np.ndarray], sources: dict[str, list[str]],
     return found
 
 
-def summarize(
-    latents: dict[str, np.ndarray], mean: np.ndarray, std: np.ndarray, outliers: list[dict], out: Path
-) -> None:
+def summarize(latents: dict[str, np.ndarray], mean: np.ndarray, std: np.ndarray, outliers: list[dict]) -> None:
     """What a person checks before phase 3."""
     for split, rows in latents.items():
         split_mean, split_std = channel_statistics(rows)
-        print(
-            f"{split}: {rows.shape[0]} latents of {' x '.join(map(str, rows.shape[1:]))}, raw mean {_list(split_mean)}, raw std {_list(split_std)}"
-        )
+        size = " x ".join(map(str, rows.shape[1:]))
+        print(f"{split}: {len(rows)} latents of {size}, raw mean {_list(split_mean)}, raw std {_list(split_std)}")
         print(f"  standardized: mean {_list((split_mean - mean) / std)}, std {_list(split_std / std)}")
     names = sorted({Path(outlier["source"]).name for outlier in outliers})
     if names:
-        print(
-            f"{len(names)} file(s) lie far out, look at them (rows in latents.json): {', '.join(names[:10])}{' ...' if len(names) > 10 else ''}"
-        )
-    print(f"wrote {out}\nnext: python train_flowdiff.py")
+        shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
+        print(f"{len(names)} file(s) lie far out, look at them (rows in latents.json): {shown}")
 
 
 def _list(values: np.ndarray) -> str:

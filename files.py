@@ -1,20 +1,22 @@
-"""Leaf: files that appear whole or not at all, content hashes, and checkpoints that say what they are."""
+"""Leaf: files that appear whole or not at all, content hashes, checkpoints that say what they are, runs that go on."""
 
 import csv
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from config import UsageError
+from checks import UsageError
+from config import RuntimeConfig
 
-FORMAT = 1  # of every checkpoint; raise it when a reader of the old one would misread the new
+FORMAT = 2  # of every checkpoint; raise it when a reader of the old one would misread the new
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, flush it to the disk, then put it in place: readers never see half a file."""
+    """Let `write` fill a file beside `path`, flush it to the disk, put it in place: readers never see half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -37,14 +39,41 @@ def write_csv(path: Path | str, columns: list[str], rows: list[list]) -> None:
     """A table, whole or not at all."""
 
     def write(beside: Path) -> None:
-        with open(beside, "w", newline="") as file:
+        with open(beside, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # names of any bytes
             csv.writer(file).writerows([columns, *rows])
 
     write_atomically(path, write)
 
 
+def remove_files(folder: Path | str, patterns: tuple[str, ...]) -> None:
+    """Remove what an earlier run left in a folder under names such as val_*.png; what carries another name stays."""
+    for pattern in patterns:
+        for path in Path(folder).glob(pattern):
+            path.unlink()
+
+
+def sha256(path: Path | str) -> str:
+    """Content hash of a file: how one phase recognises the very file of another."""
+    with open(path, "rb") as file:
+        if sys.version_info >= (3, 11):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def weights_sha256(weights: dict) -> str:
+    """Content hash of a state dict, whatever file it came from."""
+    found = hashlib.sha256()
+    for name, weight in weights.items():
+        found.update(name.encode())
+        found.update(weight.cpu().numpy().tobytes())
+    return found.hexdigest()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
 def save_checkpoint(path: Path | str, kind: str, content: dict) -> None:
-    """Write plain types and tensors under a format number and a kind, so that a reader can refuse what it would misread."""
+    """Write plain types and tensors under a format number and a kind: a reader can refuse what it would misread."""
     import torch  # here, so that files without tensors need no torch
 
     write_atomically(path, lambda beside: torch.save({"format": FORMAT, "kind": kind, **content}, beside))
@@ -53,7 +82,7 @@ def save_checkpoint(path: Path | str, kind: str, content: dict) -> None:
 def load_checkpoint(path: Path | str, kind: str, made_by: str) -> dict:
     """Read a checkpoint of this kind onto the CPU.
 
-    Raises UsageError, naming the command that makes the file, if it is missing, damaged, of another kind or of a newer format.
+    Raises UsageError, naming the command that makes the file, if it is missing, damaged, of another kind or format.
     """
     import torch
 
@@ -70,16 +99,68 @@ def load_checkpoint(path: Path | str, kind: str, made_by: str) -> dict:
         raise UsageError(f"{path} is no {kind} checkpoint: give the file that {made_by} wrote")
     if content.get("format") != FORMAT:
         raise UsageError(
-            f"{path} has format {content.get('format')}, this code reads {FORMAT}: use the matching version, or run {made_by} again"
+            f"{path} has format {content.get('format')}, this code reads {FORMAT}: "
+            f"use the matching version, or run {made_by} again"
         )
     return content
 
 
-def sha256(path: Path | str) -> str:
-    """Content hash of a file: how one phase recognises the very file of another."""
-    with open(path, "rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if sys.version_info >= (3, 11)
-            else hashlib.sha256(file.read()).hexdigest()
+# ---------------------------------------------------------------- a run that goes on
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a resumed run must share with the run it continues; not where its files lie."""
+
+    settings: dict  # by value, such as {"vae": {"lr": 1e-4}}
+    inputs: dict[str, str]  # by content, such as {"the training radiographs": a hash}
+    adjustable: tuple[str, ...]  # settings that --runtime.resume-changed True may change, such as vae.lr
+
+    def plain(self) -> dict:
+        """What checkpoint_last.pt keeps of it."""
+        return {"settings": self.settings, "inputs": self.inputs}
+
+    def changes_since(self, stored: dict) -> dict[str, str]:
+        """What differs from a stored identity: the name, and the sentence that says so."""
+        found = {
+            name: f"{name} was {old}, now {new}" for name, old, new in _differences(stored["settings"], self.settings)
+        }
+        changed = _differences(stored["inputs"], self.inputs)
+        return found | {name: f"{name} changed" for name, _, _ in changed}
+
+
+def resume_point(
+    path: Path, kind: str, identity: RunIdentity, options: RuntimeConfig, made_by: str, total: int
+) -> dict | None:
+    """The content of checkpoint_last.pt to continue from up to step `total`, or None for a new run.
+
+    Raises UsageError, naming everything that changed, if it belongs to another run than `identity`, unless all of that
+    is adjustable and options.resume_changed says so; and if it lies beyond `total`.
+    """
+    if not options.resume or not path.is_file():
+        return None
+    content = load_checkpoint(path, kind, made_by)
+    changes = identity.changes_since(content["identity"])
+    adjustable = set(changes) <= set(identity.adjustable)
+    if changes and not (adjustable and options.resume_changed):
+        continued = "add --runtime.resume-changed True to go on under the new numbers, " if adjustable else ""
+        raise UsageError(
+            f"{path} belongs to another run ({'; '.join(changes.values())}): {continued}go back to what it was, "
+            "choose another --outputs folder, or start anew with --runtime.resume False"
         )
+    if content["step"] > total:
+        raise UsageError(
+            f"{path} has taken {content['step']} steps already, and {total} are asked for: ask for more, "
+            "or start anew with --runtime.resume False"
+        )
+    return content
+
+
+def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, object, object]]:
+    """Name, old and new value of whatever differs in nested dicts."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key}", before, after

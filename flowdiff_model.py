@@ -10,12 +10,12 @@ from config import UNetConfig
 class FlowDiffUNet(nn.Module):
     """Predicts noise and velocity from a noisy latent in one forward pass.
 
-    The trunk is diffusers' UNet2DModel with its own output layers taken out; each head is norm, activation and a convolution that
-    starts at zero, so that training starts from the prediction 0 for both. Two extra input channels carry the position: a
-    panoramic is taken in one pose, so where something is belongs to whether it is normal.
+    The trunk is diffusers' UNet2DModel with its own output layers taken out; each head is norm, activation and a
+    convolution that starts at zero, so that training starts from the prediction 0 for both. Two extra input channels
+    carry the position: a panoramic is taken in one pose, so where something is belongs to whether it is normal.
     """
 
-    def __init__(self, config: UNetConfig, latent_channels: int = 4):
+    def __init__(self, config: UNetConfig, latent_channels: int):
         super().__init__()
         features = config.channels[0]
         self.trunk = UNet2DModel(
@@ -36,9 +36,8 @@ class FlowDiffUNet(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(noise_hat, velocity_hat), both (B, C, h, w), from z_t (B, C, h, w) at unit variance and t (B,) in [0, 1]."""
         located = torch.cat([z_t, _positions(z_t)], dim=1)  # (B, C + 2, h, w)
-        features = self.trunk(
-            located, 1000 * t
-        ).sample  # (B, F, h, w); diffusers' embedding expects timesteps in [0, 1000)
+        timestep = 1000 * t  # diffusers' embedding expects it in [0, 1000)
+        features = self.trunk(located, timestep).sample  # (B, F, h, w)
         return self.noise_head(features), self.velocity_head(features)
 
 

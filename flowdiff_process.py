@@ -1,9 +1,9 @@
-"""The path from a clean latent to noise, the two heads' estimates along it, the solvers, and the normalizer G. Pure functions.
+"""The path from a clean latent to noise, the two heads' estimates along it, solvers, the normalizer G; pure functions.
 
-Convention: t in [0, 1] measures noise, t = 0 clean, t = 1 noise. `z` is a standardized clean latent (B, C, h, w), `noise` is
-standard Gaussian of the same shape, `t` has shape (B,) or is a number. The one path of both heads is
+Convention: t in [0, 1] measures noise, t = 0 clean, t = 1 noise. `z` is a standardized clean latent (B, C, h, w),
+`noise` is standard Gaussian of the same shape, `t` has shape (B,) or is a number. The one path of both heads is
 
-    z_t = (1 - t) z + t noise                                   (flow matching: Lipman et al. 2023, eq. 22, sigma_min = 0)
+    z_t = (1 - t) z + t noise                                 (flow matching: Lipman et al. 2023, eq. 22, sigma_min = 0)
 
 and z_t / sqrt((1 - t)^2 + t^2) is the point of a variance-preserving diffusion (Ho et al. 2020, eq. 4) with
 alphas_cumprod(t) = (1 - t)^2 / ((1 - t)^2 + t^2). A `predict` callable maps (z_t, t) to (noise_hat, velocity_hat).
@@ -11,23 +11,23 @@ Everything is differentiable, nothing draws its own noise.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-Solver = Literal["one_step", "euler", "heun", "ddim"]
+from config import Solver
 
-T_MAX_DIFFUSION = (
-    0.98  # where diffusion sampling starts: at t = 1 the noise head says nothing about z (alphas_cumprod = 0)
-)
+Predict = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# Where diffusion sampling starts: at t = 1 the noise head says nothing about z (alphas_cumprod = 0).
+T_MAX_DIFFUSION = 0.98
 
 
 def expand_like(t: Tensor | float, z: Tensor) -> Tensor:
     """t as (B, 1, 1, 1) in the dtype and on the device of z."""
-    t = torch.as_tensor(t, dtype=z.dtype, device=z.device)
-    return t.expand(z.shape[0]).reshape(-1, *[1] * (z.ndim - 1))
+    if not isinstance(t, Tensor):  # filled in where z is: a tensor made on the host would have to be waited for
+        return torch.full((z.shape[0], *[1] * (z.ndim - 1)), t, dtype=z.dtype, device=z.device)
+    return t.to(z).expand(z.shape[0]).reshape(-1, *[1] * (z.ndim - 1))
 
 
 def interpolate(z: Tensor, noise: Tensor, t: Tensor | float) -> Tensor:
@@ -50,6 +50,11 @@ def at_unit_variance(z_t: Tensor, t: Tensor | float) -> Tensor:
     """z_t as the network sees it: the variance-preserving point of the same t."""
     t = expand_like(t, z_t)
     return z_t / torch.sqrt((1 - t) ** 2 + t**2)
+
+
+def two_heads(network: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Predict:
+    """`predict` by a network that wants its input at unit variance; autocast is the caller's business."""
+    return lambda z_t, t: network(at_unit_variance(z_t, t), t)
 
 
 def clean_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:
@@ -83,7 +88,13 @@ def ddim_step(predict: Predict, z_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return interpolate(clean_from_noise(z_t, noise_hat, t), noise_hat, s)
 
 
-STEP = {"one_step": euler_step, "euler": euler_step, "heun": heun_step, "ddim": ddim_step}
+# One step of the walk back, from t down to s, by the name a config gives it.
+STEP: dict[Solver, Callable[[Predict, Tensor, Tensor, Tensor], Tensor]] = {
+    "one_step": euler_step,
+    "euler": euler_step,
+    "heun": heun_step,
+    "ddim": ddim_step,
+}
 
 
 def integrate(predict: Predict, z_t: Tensor, t_start: float, steps: int, solver: Solver) -> Tensor:
@@ -105,5 +116,5 @@ def normalizer(
 
 
 def sample(predict: Predict, noise: Tensor, steps: int, solver: Solver) -> Tensor:
-    """New latents from pure noise (B, C, h, w); ddim starts at T_MAX_DIFFUSION, where noise alone is within 2 % of the path."""
+    """New latents from pure noise (B, C, h, w); ddim starts at T_MAX_DIFFUSION, noise being within 2 % of the path."""
     return integrate(predict, noise, T_MAX_DIFFUSION if solver == "ddim" else 1.0, steps, solver)

@@ -35,7 +35,7 @@ from image_ops import residual_components
 from metrics import false_positive_interval, summarize
 from normalizer import Examined, Normalizer
 from radiographs.geometry import unfit_map
-from radiographs.manifest import Record, list_records, split_records
+from radiographs.manifest import Record, describe_patients, list_records, split_records
 from reporting.figures import ColourScale, save_result
 from reporting.lookup import Pseudonyms
 from reporting.summary import metrics_table
@@ -132,6 +132,7 @@ def records_to_examine(model: Normalizer, config: Config) -> list[Record]:
             f"{config.data.root} has no test split: name the radiographs to examine with --data.test, a folder or a "
             "manifest.csv"
         )
+    print(f"to examine: {len(records)} radiographs of {describe_patients(records)}")
     trained = [record for record in records if model.trained_on(patient_of(record, config), "")]
     if trained and not config.inference.examine_training_patients:
         raise UsageError(

@@ -1,11 +1,12 @@
 """.npy of phase 2 to standardized latents z, with the exact inverse.
 
-Standardized means: mean 0 and standard deviation 1 per channel over the training latents. The two numbers per channel are in
-latents.json and from there travel in the phase-3 checkpoint, so that no phase has to guess the scale.
+Standardized means: mean 0 and standard deviation 1 per channel over the training latents. The two numbers per channel
+are in latents.json and from there travel in the phase-3 checkpoint, so that no phase has to guess the scale.
 """
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from config import UsageError
+from checks import UsageError
+from files import sha256
+
+FORMAT = 2  # of latents.json
 
 
 @dataclass(frozen=True)
@@ -25,15 +29,17 @@ class LatentStandard:
 
     def standardize(self, raw: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) or (C, h, w) to zero mean, unit variance."""
-        return (raw - self._column(self.mean, raw)) / self._column(self.std, raw)
+        return (raw - _column(self.mean, raw.dtype, raw.device)) / _column(self.std, raw.dtype, raw.device)
 
     def raw(self, z: Tensor) -> Tensor:
         """The inverse of `standardize`: what the decoder expects."""
-        return z * self._column(self.std, z) + self._column(self.mean, z)
+        return z * _column(self.std, z.dtype, z.device) + _column(self.mean, z.dtype, z.device)
 
-    @staticmethod
-    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).reshape(-1, 1, 1)
+
+@lru_cache
+def _column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers per channel as (C, 1, 1), brought to the device once: bringing them stops it."""
+    return torch.tensor(values, dtype=dtype, device=device).reshape(-1, 1, 1)
 
 
 def read_latents_json(folder: Path | str) -> dict:
@@ -42,13 +48,20 @@ def read_latents_json(folder: Path | str) -> dict:
     if not path.is_file():
         raise UsageError(f"{path} is missing: run python extract_latents.py first")
     try:
-        return json.loads(path.read_text())
+        description = json.loads(path.read_text())
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}): run python extract_latents.py again") from error
+    if description.get("format") != FORMAT:
+        found = description.get("format")
+        raise UsageError(f"{path} has format {found}, this code reads {FORMAT}: run python extract_latents.py again")
+    return description
 
 
 class LatentDataset(Dataset):
-    """Standardized latents of one split, read from the memory-mapped file one row at a time; keys are rows or (epoch, row)."""
+    """Standardized latents of one split, read from the mapped file a row at a time; keys are rows or (epoch, row).
+
+    UsageError if the file is not, to the last bit, the one that latents.json describes.
+    """
 
     def __init__(self, folder: Path | str, split: str):
         path = Path(folder) / f"latents_{split}.npy"
@@ -64,6 +77,9 @@ class LatentDataset(Dataset):
             raise UsageError(
                 f"{path} has shape {self.raw.shape}, latents.json says {expected}: run python extract_latents.py again"
             )
+        self.sha256 = sha256(path)
+        if self.sha256 != description["sha256"][split]:
+            raise UsageError(f"{path} is not the file latents.json describes: run python extract_latents.py again")
         self.standard = LatentStandard(tuple(description["mean"]), tuple(description["std"]))
 
     def __len__(self) -> int:

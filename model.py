@@ -1,4 +1,4 @@
-"""The VAE and its losses: any Stable Diffusion autoencoder of diffusers, seen as a map from grey radiographs to latents and back."""
+"""The VAE and its losses: any Stable Diffusion autoencoder, as a map from grey radiographs to latents and back."""
 
 import json
 import math
@@ -10,7 +10,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from config import VAE_DOWNSAMPLING, UsageError, VAEConfig
+from checks import UsageError
+from config import VAE_DOWNSAMPLING, VAEConfig
 from image_ops import residual_components
 
 AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -19,7 +20,7 @@ AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTi
 class RadiographVAE(nn.Module):
     """Radiographs x (B, 1, H, W) in [-1, 1] to latents z (B, C, h, w), H = 8 h, and back.
 
-    A colour autoencoder gets the grey image in all its channels, and the mean of what it decodes is the grey image again.
+    A colour autoencoder gets the grey image in all its channels; the mean of what it decodes is the grey image again.
     """
 
     def __init__(self, autoencoder: AutoencoderKL | AutoencoderTiny):
@@ -41,7 +42,7 @@ class RadiographVAE(nn.Module):
         return self.autoencoder.decode(z).sample.mean(dim=1, keepdim=True)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(reconstruction, mean, logvar); with `noise` (B, C, h, w) z is drawn from the posterior, without it z is the mean."""
+        """(reconstruction, mean, logvar); with `noise` (B, C, h, w) z is a draw from the posterior, else the mean."""
         mean, logvar = self.encode(x)
         z = mean if noise is None or logvar is None else mean + torch.exp(0.5 * logvar) * noise
         return self.decode(z), mean, logvar
@@ -77,15 +78,16 @@ def pretrained_vae(config: VAEConfig) -> RadiographVAE:
     else:
         if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
             raise UsageError(
-                f"vae.pretrained = {source} is no folder: give a diffusers folder, a hub name such as owner/name, or scratch"
+                f"vae.pretrained = {source} is no folder: "
+                "give a diffusers folder, a hub name such as owner/name, or scratch"
             )
         autoencoder = _load(source)
-    shrinks = 2 ** (
-        len(autoencoder.config.get("decoder_block_out_channels") or autoencoder.config.block_out_channels) - 1
-    )
+    levels = autoencoder.config.get("decoder_block_out_channels") or autoencoder.config.block_out_channels
+    shrinks = 2 ** (len(levels) - 1)
     if shrinks != VAE_DOWNSAMPLING:
         raise UsageError(
-            f"vae.pretrained = {source} shrinks images by {shrinks}, this pipeline needs {VAE_DOWNSAMPLING}: use an SD 1.x or 2.x VAE"
+            f"vae.pretrained = {source} shrinks images by {shrinks}, this pipeline needs {VAE_DOWNSAMPLING}: "
+            "use the VAE of a Stable Diffusion 1, 2 or 3"
         )
     vae = RadiographVAE(autoencoder)
     if config.freeze_encoder and source == "scratch":
@@ -125,7 +127,10 @@ def _untrained(config: VAEConfig) -> AutoencoderKL:
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
-    """KL of N(mean, exp(logvar)) from N(0, 1), summed over latent entries, averaged over the batch (Kingma and Welling 2014, app. B)."""
+    """KL of N(mean, exp(logvar)) from N(0, 1), summed over latent entries, averaged over the batch.
+
+    Kingma and Welling 2014, app. B.
+    """
     return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()
 
 
@@ -134,31 +139,35 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return structural_similarity_index_measure(y, x, data_range=2.0)
 
 
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB (B,) of images (B, C, H, W) in [-1, 1]; inf where they are equal."""
+    return 10 * torch.log10(2.0**2 / (x - y).square().flatten(1).mean(1))
+
+
 @dataclass(frozen=True)
 class VAELoss:
-    """`total` to minimize; `terms` as they enter it, under the name of their weight, and unweighted under their own; n/a where one has no meaning."""
+    """`total` to minimize; `terms` to log: loss_NAME unweighted, weighted_NAME as it enters, or n/a."""
 
     total: Tensor
     terms: dict[str, Tensor | str]
 
 
 def vae_loss(x: Tensor, reconstruction: Tensor, mean: Tensor, logvar: Tensor | None, config: VAEConfig) -> VAELoss:
-    """lambda_pix L1 + lambda_grad |grad| + lambda_hf |Laplacian| + lambda_ssim (1 - SSIM) + beta_kl KL; x in [-1, 1]."""
+    """lambda_pix L1 + lambda_grad |grad| + lambda_hf |Laplacian| + lambda_ssim (1 - SSIM) + beta_kl KL; x in [-1, 1]"""
     l1, gradient, laplacian = residual_components(x, reconstruction)
-    with torch.set_grad_enabled(
-        torch.is_grad_enabled() and config.lambda_ssim > 0
-    ):  # on a CPU its gradient costs as much as the decoder's
+    learns = torch.is_grad_enabled() and config.lambda_ssim > 0  # on a CPU its gradient costs as much as the decoder's
+    with torch.set_grad_enabled(learns):
         ssim_error = 1 - ssim(x, reconstruction)
     parts = {
-        "pix": (config.lambda_pix, "lambda_pix", l1.mean()),
-        "grad": (config.lambda_grad, "lambda_grad", gradient.mean()),
-        "hf": (config.lambda_hf, "lambda_hf", laplacian.mean()),
-        "ssim_error": (config.lambda_ssim, "lambda_ssim", ssim_error),
+        "pix": (config.lambda_pix, l1.mean()),
+        "grad": (config.lambda_grad, gradient.mean()),
+        "hf": (config.lambda_hf, laplacian.mean()),
+        "ssim": (config.lambda_ssim, ssim_error),
     }
+    terms: dict[str, Tensor | str] = {"loss_kl": "n/a", "weighted_kl": "n/a"}
     if logvar is not None:
-        parts["kl"] = (config.beta_kl, "beta_kl", kl_divergence(mean, logvar))
-    terms: dict[str, Tensor | str] = {"kl": "n/a", "beta_kl": "n/a"}
-    for name, (weight, weight_name, value) in parts.items():
-        terms[name] = value.detach()
-        terms[weight_name] = (weight * value).detach()
-    return VAELoss(sum(weight * value for weight, _, value in parts.values()), terms)
+        parts["kl"] = (config.beta_kl, kl_divergence(mean, logvar))
+    for name, (weight, value) in parts.items():
+        terms[f"loss_{name}"] = value.detach()
+        terms[f"weighted_{name}"] = (weight * value).detach()
+    return VAELoss(sum(weight * value for weight, value in parts.values()), terms)

@@ -1,9 +1,10 @@
-"""What every phase needs around its own work: device and precision, seeds, EMA, checkpoints, log; knows no model.
+"""What every phase needs around its own work: device and precision, seeds, step batches, EMA, log; knows no model.
 
-Randomness is a function of what it is for: `generator(seed, "noise", step)` gives the same draws whether or not the run was
-interrupted before that step, so a resumed run needs no stored random state.
+Randomness is a function of what it is for: `generator(seed, "noise", step)` gives the same draws whether or not the run
+was interrupted before that step, so a resumed run needs no stored random state.
 """
 
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -13,15 +14,19 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
-from torch import nn
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from config import Config, RuntimeConfig, UsageError
-from files import load_checkpoint, write_csv
+from checks import UsageError
+from config import Config, RuntimeConfig
+from files import write_csv
 
 # ---------------------------------------------------------------- scripts
 
@@ -50,18 +55,30 @@ def _one_line_error(error: object, code: int) -> int:
 
 def start(config: RuntimeConfig) -> Accelerator:
     """The accelerator with device and precision resolved, and every global seed set. Once per process."""
+    if config.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
+        raise UsageError(
+            "runtime.wandb is online but WANDB_API_KEY is not set: export the key, or use --runtime.wandb offline"
+        )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("runtime.device is cuda but torch sees no GPU: check nvidia-smi, or use --runtime.device cpu")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = config.precision
     if precision == "auto":
         precision = "bf16" if multiplies_bf16(on_cpu) else "no"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision)
+    together = [
+        InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # the others wait while the first validates
+        DistributedDataParallelKwargs(broadcast_buffers=False),  # no network here learns through a buffer
+    ]
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=together)
     set_seed(config.seed)
-    accelerator.print(
-        f"device {accelerator.device}, {accelerator.num_processes} process(es), precision {'float32' if precision == 'no' else precision}"
-    )
+    shown = precision_of(accelerator)
+    accelerator.print(f"device {accelerator.device}, {accelerator.num_processes} process(es), precision {shown}")
     return accelerator
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """What the networks compute in while they train: float32 or bf16."""
+    return "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
 
 
 def multiplies_bf16(on_cpu: bool) -> bool:
@@ -83,8 +100,8 @@ def generator(*key: int | str) -> torch.Generator:
 class StepBatches:
     """Batches of (epoch, index) keys for steps start + 1 to total: a batch sampler that can begin anywhere.
 
-    Every epoch is a permutation drawn from (seed, epoch); a batch may span two epochs, so small sets fill large batches.
-    Processes take disjoint parts of one global order.
+    Every epoch is a permutation drawn from (seed, epoch); a batch may span two epochs, so small sets fill large
+    batches. Processes take disjoint parts of one global order.
     """
 
     def __init__(self, size: int, batch_size: int, start: int, total: int, seed: int, rank: int = 0, ranks: int = 1):
@@ -102,16 +119,29 @@ class StepBatches:
             for position in range(first, first + self.batch_size):
                 epoch, place = divmod(position, self.size)
                 if epoch != drawn:
-                    order, drawn = (
-                        torch.randperm(self.size, generator=generator(self.seed, "order", epoch)).tolist(),
-                        epoch,
-                    )
+                    order = torch.randperm(self.size, generator=generator(self.seed, "order", epoch)).tolist()
+                    drawn = epoch
                 keys.append((epoch, order[place]))
             yield keys
 
 
+def step_loader(
+    dataset: Dataset, batch_size: int, steps: tuple[int, int], config: Config, accelerator: Accelerator
+) -> DataLoader:
+    """One batch per step after steps[0] up to steps[1]: this process's part of the whole batch."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    batches = StepBatches(len(dataset), batch_size, *steps, config.runtime.seed, rank, ranks)
+    pinned = accelerator.device.type == "cuda"
+    return DataLoader(dataset, batch_sampler=batches, num_workers=config.data.num_workers, pin_memory=pinned)
+
+
+def own_part(whole: Tensor, accelerator: Accelerator) -> Tensor:
+    """This process's rows of something drawn for the whole batch: so the draws do not depend on how many share it."""
+    return whole.tensor_split(accelerator.num_processes)[accelerator.process_index]
+
+
 def learning_rate(step: int, lr: float, warmup_steps: int, total_steps: int) -> float:
-    """Linear warm-up, then a cosine from lr to a tenth of it (Loshchilov and Hutter 2017); a function of the step alone."""
+    """Linear warm-up, then a cosine from lr to a tenth of it (Loshchilov and Hutter 2017), by the step alone."""
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
@@ -124,18 +154,64 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def build_ema(model: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """EMA of the weights; the decay starts low, (1 + n) / (10 + n), so that short runs forget their random start."""
+class EMA:
+    """Moving average of a network's weights; the decay starts low, (1 + n) / (10 + n): short runs forget their start.
+
+    It counts on the host: torch's AveragedModel asks the device at every update, and stops it.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.module = copy.deepcopy(network).requires_grad_(False).eval()
+        self.decay, self.updates = decay, 0
 
     @torch.no_grad()
-    def average(ema: list[torch.Tensor], weights: list[torch.Tensor], count: torch.Tensor | int) -> None:
-        current = min(decay, (1 + int(count)) / (10 + int(count)))
-        torch._foreach_lerp_(ema, weights, 1 - current)
+    def update(self, network: nn.Module) -> None:
+        """Take in the weights of now; the first ones as they are."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.updates else 0.0
+        torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1 - decay)
+        self.updates += 1
 
-    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average).requires_grad_(False).eval()
+    def state_dict(self) -> dict:
+        """Weights and count, to go on from."""
+        return {"weights": self.module.state_dict(), "updates": self.updates}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from what `state_dict` gave."""
+        self.module.load_state_dict(state["weights"])
+        self.updates = state["updates"]
 
 
-# ---------------------------------------------------------------- files that appear whole
+class StepGuard:
+    """Lets a step pass if its gradient is finite; the others are told, counted and, too many in a row, end the run.
+
+    So no weight that is not a number reaches a checkpoint.
+    """
+
+    def __init__(self, lr_name: str, limit: int, skipped: int = 0, quiet: bool = False):
+        self.remedy = f"lower {lr_name}, with --runtime.resume-changed True to go on from the last good checkpoint"
+        self.limit, self.skipped, self.quiet = limit, skipped, quiet
+        self.in_a_row = 0
+
+    def passes(self, step: int, grad_norm: Tensor) -> bool:
+        """Whether the optimizer may follow this gradient; the one place of a step where the host awaits the device."""
+        if math.isfinite(float(grad_norm)):
+            self.in_a_row = 0
+            return True
+        self.skipped += 1
+        self.in_a_row += 1
+        if not self.quiet:
+            tqdm.write(f"step {step}: the gradient is not finite, the step is skipped ({self.skipped} so far)")
+        if self.in_a_row == self.limit:
+            raise UsageError(f"no gradient was finite in the {self.limit} steps up to {step}: {self.remedy}")
+        return False
+
+    def check(self, step: int, weights: dict[str, Tensor]) -> None:
+        """Before they are written: UsageError if a weight is not finite."""
+        if not all(bool(weight.isfinite().all()) for weight in weights.values()):
+            raise UsageError(f"the weights are not finite at step {step}: {self.remedy}")
+
+
+# ---------------------------------------------------------------- log
 
 
 def plain(config: object) -> dict:
@@ -148,37 +224,8 @@ def without(fields: dict, *names: str) -> dict:
     return {key: value for key, value in fields.items() if key not in names}
 
 
-def resume_point(path: Path, kind: str, config: dict, resume: bool, made_by: str) -> dict | None:
-    """The content of checkpoint_last.pt to continue from, or None for a new run.
-
-    Raises UsageError, naming every field that differs, if that checkpoint was written under another config.
-    """
-    if not resume or not path.is_file():
-        return None
-    content = load_checkpoint(path, kind, made_by)
-    changes = [f"{key} was {old!r}, now {new!r}" for key, old, new in _differences(content["config"], config)]
-    if changes:
-        raise UsageError(
-            f"{path} was written under another config ({'; '.join(changes)}): go back to it, choose another --outputs folder, "
-            "or start anew with --runtime.resume False"
-        )
-    return content
-
-
-def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, object, object]]:
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            yield from _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            yield f"{prefix}{key}", before, after
-
-
-# ---------------------------------------------------------------- log
-
-
 class RunLog:
-    """Numbers of a run: always rows of (step, name, value) in log.csv; by config also wandb, which never gets an image or a path.
+    """Numbers of a run: rows of (step, name, value) in log.csv; by config also wandb, which gets no image and no path.
 
     A resumed run drops the rows after the step it resumes from, so that the file reads as if nothing had happened.
     """
@@ -212,10 +259,6 @@ class RunLog:
 
 
 def _start_wandb(folder: Path, name: str, config: Config):
-    if config.runtime.wandb == "online" and not os.environ.get("WANDB_API_KEY"):
-        raise UsageError(
-            "runtime.wandb is online but WANDB_API_KEY is not set: export the key, or use --runtime.wandb offline"
-        )
     if config.runtime.wandb == "offline":
         os.environ["WANDB_ERROR_REPORTING"] = "false"  # offline mode looks a host up without this
     import wandb
@@ -262,24 +305,45 @@ def _whole_rows(path: Path) -> list[list[str]]:
 
 
 class Meter:
-    """Running means between two log lines, and the images per second over the same stretch."""
+    """Running means between two log lines, and the images per second over the same stretch.
+
+    Tensors stay on their device, and are fetched by `flush` alone.
+    """
 
     def __init__(self):
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+        self.sums: dict[str, float | Tensor] = {}
+        self.counts: dict[str, float | Tensor] = {}
+        self.notes: dict[str, str] = {}
         self.images, self.began = 0, time.perf_counter()
 
-    def add(self, values: dict[str, float | torch.Tensor], images: int = 0) -> None:
+    def add(self, values: dict[str, object], weight: float = 1.0, images: int = 0) -> None:
+        """A number counts `weight` times; a pair is a sum and of how many; text, such as n/a, is kept as it is."""
         for name, value in values.items():
-            if not isinstance(value, str):
-                self.sums[name] = self.sums.get(name, 0.0) + float(value)
-                self.counts[name] = self.counts.get(name, 0) + 1
+            if isinstance(value, str):
+                self.notes[name] = value
+                continue
+            total, count = value if isinstance(value, tuple) else (weight * _detached(value), weight)
+            self.sums[name] = self.sums.get(name, 0.0) + _detached(total)
+            self.counts[name] = self.counts.get(name, 0.0) + _detached(count)
         self.images += images
 
-    def flush(self) -> dict[str, float]:
-        """The means since the last flush."""
-        means = {name: self.sums[name] / self.counts[name] for name in self.sums}
+    def flush(self) -> dict[str, float | str]:
+        """The means since the last flush; a name that nothing was counted under is left out."""
+        sums, counts = (_fetched(list(part.values())) for part in (self.sums, self.counts))
+        means = {name: total / count for name, total, count in zip(self.sums, sums, counts, strict=True) if count > 0}
         if self.images:
             means["images_per_s"] = self.images / max(1e-9, time.perf_counter() - self.began)
+        means |= self.notes
         self.__init__()
         return means
+
+
+def _detached(value: float | Tensor) -> float | Tensor:
+    return value.detach().double() if isinstance(value, Tensor) else value
+
+
+def _fetched(values: list[float | Tensor]) -> list[float]:
+    """All of them as numbers of the host, at the price of one wait."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    fetched = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [next(fetched) if isinstance(value, Tensor) else value for value in values]

@@ -1,19 +1,24 @@
 """Phase 3: train the normalizer, a dual-head UNet on the latents of normal radiographs.
 
 Reads   outputs/phase2_latents/ and outputs/phase1_vae/checkpoint_best.pt
-Writes  outputs/phase3_flowdiff/: checkpoint_best.pt for phase 4, checkpoint_generative.pt (EMA weights at phase1_steps, before
-        the identity constraint has done its work), checkpoint_last.pt to resume, log.csv, curves.png, and PNGs of samples and
-        of G(x) beside x on validation normals
+Writes  outputs/phase3_flowdiff/: checkpoint_best.pt for phase 4, checkpoint_generative.pt (EMA weights at phase1_steps,
+        before the identity constraint has done its work), checkpoint_last.pt to resume, log.csv, curves.png, and PNGs
+        of samples and of G(x) beside x on validation normals
 
-Curriculum: noise prediction and velocity on one path, L_gen = lambda_diff L_diff + lambda_flow L_flow; then the identity
-constraint |x - G(x)| on normals comes in, its weight rising from 0 at identity_warmup_start to lambda_id_global at
-identity_warmup_end. checkpoint_best.pt has the lowest validation objective, L_gen + lambda_id_global L_id at full weight, which
-means the same at every step.
-Look for: diff and flow falling and then flat, samples that look like radiographs, G(x) that keeps normal teeth and fillings.
+Curriculum: noise prediction and velocity on one path, L_gen = lambda_diff L_diff + lambda_flow L_flow; then the
+identity constraint |x - G(x)| on normals comes in, its weight rising from 0 at identity_warmup_start to
+lambda_id_global at identity_warmup_end. checkpoint_best.pt has the lowest validation objective, L_gen +
+lambda_id_global L_id at full weight, of the steps from identity_warmup_end on.
+The log has every term unweighted (loss_diff, loss_flow, loss_id) and as it enters the total (weighted_diff and so on),
+and lambda_id, the weight of now. Those of train/ are of the first process's latents.
+Look for: loss_diff and loss_flow falling and then flat, samples that look like radiographs, G(x) that keeps normal
+teeth and fillings.
 """
 
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,200 +27,238 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from command_line import parse_config
-from config import Config, UsageError
-from files import load_checkpoint, save_checkpoint, sha256, write_json
-from flowdiff_loss import generative_loss, identity_loss, lambda_identity, loss_by_time, stratified_times
+from checks import UsageError
+from command_line import CommandLine, parse_command
+from config import Config, FlowDiffTrainingConfig
+from files import RunIdentity, load_checkpoint, remove_files, resume_point, save_checkpoint, sha256, write_json
+from flowdiff_loss import (
+    generative_loss,
+    identity_loss,
+    identity_places,
+    lambda_identity,
+    loss_by_time,
+    stratified_times,
+)
 from flowdiff_model import FlowDiffUNet
-from flowdiff_process import Predict, at_unit_variance, normalizer, sample
+from flowdiff_process import Predict, normalizer, sample, two_heads
 from latent_dataset import LatentDataset, read_latents_json
 from model import rebuild_vae
 from reporting.figures import save_curves, save_grid
 from runtime import (
+    EMA,
     Meter,
     RunLog,
-    StepBatches,
-    build_ema,
+    StepGuard,
     generator,
     learning_rate,
+    own_part,
     plain,
+    precision_of,
     read_log,
-    resume_point,
     run_script,
     set_learning_rate,
     start,
+    step_loader,
+    stream_seed,
     without,
 )
 
 MADE_BY = "python train_flowdiff.py"
+FILES_OF_A_RUN = ("checkpoint_*.pt", "log.csv", "curves.png", "samples_[0-9]*.png", "normals_[0-9]*.png")
+SCHEDULE = ("total_steps", "phase1_steps", "identity_warmup_start", "identity_warmup_end", "lr", "lr_warmup_steps")
+ADJUSTABLE = tuple(f"flowdiff.{name}" for name in SCHEDULE)  # in a resumed run, with --runtime.resume-changed True
 GRID_IMAGES = 8
 SAMPLING_STEPS = 25
 
 
 def main() -> None:
-    config = parse_config(__doc__)
-    settings, seed, out = config.flowdiff, config.runtime.seed, Path(config.flowdiff.output)
+    command = parse_command(__doc__)
+    settings, out = command.config.flowdiff, Path(command.config.flowdiff.output)
     vae_checkpoint = load_checkpoint(settings.vae_checkpoint, "vae", "python train_vae.py")
     vae_sha256 = sha256(settings.vae_checkpoint)
-    if read_latents_json(settings.latents)["vae_sha256"] != vae_sha256:
-        raise UsageError(
-            f"the latents in {settings.latents} come from another VAE than {settings.vae_checkpoint}: run python extract_latents.py again"
-        )
+    description = read_latents_json(settings.latents)
+    refuse_other_vae(description, vae_sha256, settings)
+    config = command.adopt(description, f"{settings.latents}/latents.json")
     train, validation = (LatentDataset(settings.latents, split) for split in ("train", "val"))
 
     accelerator = start(config.runtime)
-    vae = rebuild_vae(vae_checkpoint).to(accelerator.device)
-    network = FlowDiffUNet(config.unet, latent_channels=train.raw.shape[1])
+    device, main_process = accelerator.device, accelerator.is_main_process
+    seed, options, total_steps = config.runtime.seed, config.runtime, settings.total_steps
+    vae = rebuild_vae(vae_checkpoint).to(device)
+    network = FlowDiffUNet(config.unet, vae.latent_channels).to(device)
+    ema = EMA(network, settings.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    ema = build_ema(network, settings.ema_decay).to(accelerator.device)
-    accelerator.print(
-        f"{len(train)} training and {len(validation)} validation latents, UNet of {sum(w.numel() for w in network.parameters()) / 1e6:.1f} M weights"
-    )
+    millions = sum(weight.numel() for weight in network.parameters()) / 1e6
+    accelerator.print(f"{len(train)} training, {len(validation)} validation latents, UNet of {millions:.1f} M weights")
 
-    resumed_config = resumable(config, vae_sha256, train)
-    last = resume_point(out / "checkpoint_last.pt", "flowdiff-training", resumed_config, config.runtime.resume, MADE_BY)
-    step, best = 0, float("inf")
+    identity = run_identity(config, train, validation, vae_sha256, accelerator)
+    last = resume_point(out / "checkpoint_last.pt", "flowdiff-training", identity, options, MADE_BY, total=total_steps)
+    step, best, best_step, skipped = 0, float("inf"), 0, 0
     if last:
         network.load_state_dict(last["weights"])
         ema.load_state_dict(last["ema"])
         optimizer.load_state_dict(last["optimizer"])
-        step, best = last["step"], last["best"]
-        accelerator.print(f"continuing from step {step} of {settings.total_steps} (--runtime.resume False starts anew)")
+        step, skipped = last["step"], last["skipped_steps"]
+        if competes(last["best_step"], settings):  # it may not, under another schedule
+            best, best_step = last["best"], last["best_step"]
+        accelerator.print(f"continuing from step {step} of {total_steps} (--runtime.resume False starts anew)")
+    elif main_process:
+        remove_files(out, FILES_OF_A_RUN)
     model, optimizer = accelerator.prepare(network, optimizer)
-
-    def predict(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return model(at_unit_variance(z_t, t), t)
+    loader = step_loader(train, settings.batch_size, (step, total_steps), config, accelerator)
+    predict = two_heads(model)
 
     def decode(z: Tensor) -> Tensor:
         with accelerator.autocast():
             return vae.decode(train.standard.raw(z)).float()
 
-    batches = StepBatches(
-        len(train),
-        settings.batch_size,
-        step,
-        settings.total_steps,
-        seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    loader = DataLoader(
-        train, batch_sampler=batches, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
-    main_process = accelerator.is_main_process
-    log, meter = RunLog(out, "phase3", config, from_step=step, enabled=main_process), Meter()
+    log = RunLog(out, "phase3", config, from_step=step, enabled=main_process)
+    meter = Meter()
+    guard = StepGuard("flowdiff.lr", options.max_skipped_steps, skipped, quiet=not main_process)
+    handed_on = hand_on(config, vae_checkpoint, description, vae_sha256)
     if main_process:
         write_json(out / "config.json", plain(config))
-    keep = {
-        "config": plain(config),
-        "latent_channels": train.raw.shape[1],
-        "mean": list(train.standard.mean),
-        "std": list(train.standard.std),
-    }
-    keep["vae_sha256"] = vae_sha256
 
-    progress = tqdm(loader, desc="phase 3", initial=step, total=settings.total_steps, disable=not main_process)
+    progress = tqdm(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)
+    model.train()
     for z in progress:
-        set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, settings.total_steps))
+        set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total_steps))
         step += 1
-        random = generator(seed, "flowdiff", step, accelerator.process_index)
-        z, noise, t = (
-            part.to(accelerator.device)
-            for part in (z, torch.randn(z.shape, generator=random), stratified_times(len(z), random))
-        )
-        loss = generative_loss(predict, z, noise, t, settings)
-        total, terms = loss.total, dict(loss.terms)
+        torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
+        batch = draw(z, step, config, accelerator)
+        loss = generative_loss(predict, batch.z, batch.noise, batch.t, settings)
+        total, terms = loss.total, loss.terms
 
-        weight = lambda_identity(step, settings)
-        if weight > 0:
-            seen = z[: max(1, round(settings.identity_share * len(z)))]
-            walk = torch.randn(seen.shape, generator=random).to(accelerator.device)
-            identity = identity_loss(
-                training_normalizer(predict, walk, config), seen, decode if settings.identity_space == "pixel" else None
-            )
-            total = total + weight * identity
-            terms |= {"id": identity.detach(), "lambda_id": weight * identity.detach()}
-        if not torch.isfinite(total):
-            raise UsageError(
-                f"the loss is not finite at step {step}: lower flowdiff.lr and run again; checkpoint_last.pt holds the last good weights"
-            )
+        lambda_id = lambda_identity(step, settings)
+        if lambda_id > 0 and len(batch.seen):
+            walk = training_normalizer(predict, batch.walk, config)
+            identity_error = identity_loss(walk, batch.seen, decode if settings.identity_space == "pixel" else None)
+            total = total + lambda_id * batch.seen_weight * identity_error
+            terms = terms | {"loss_id": identity_error, "weighted_id": lambda_id * identity_error}
 
         accelerator.backward(total)
         grad_norm = accelerator.clip_grad_norm_(network.parameters(), settings.grad_clip)
-        optimizer.step()
+        if guard.passes(step, grad_norm):
+            optimizer.step()
+            ema.update(network)
+            meter.add({"loss": total, **terms, "grad_norm": grad_norm})
+            meter.add(loss_by_time(batch.t, loss.diff, "loss_diff") | loss_by_time(batch.t, loss.flow, "loss_flow"))
         optimizer.zero_grad(set_to_none=True)
-        ema.update_parameters(network)
+        meter.add({}, images=len(z) * accelerator.num_processes)
 
-        by_time = loss_by_time(t, loss.diff, "diff") | loss_by_time(t, loss.flow, "flow")
-        meter.add(
-            {"loss": total.detach(), **terms, **by_time, "grad_norm": grad_norm},
-            images=len(z) * accelerator.num_processes,
-        )
-        ends = step == settings.total_steps
+        ends = step == total_steps
         if step % settings.log_every == 0 or ends:
-            means = meter.flush()
-            progress.set_postfix(
-                diff=f"{means['diff']:.3f}", flow=f"{means['flow']:.3f}", id=f"{means.get('id', float('nan')):.3f}"
-            )
-            log.write(
-                step,
-                {f"train/{n}": v for n, v in means.items()}
-                | {"train/lambda_id_now": weight, "train/lr": optimizer.param_groups[0]["lr"]},
-            )
+            now = {"lambda_id": lambda_id, "lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
+            means = meter.flush() | now
+            progress.set_postfix({name: f"{means.get(f'loss_{name}', nan):.3f}" for name in ("diff", "flow", "id")})
+            log.write(step, {f"train/{name}": value for name, value in means.items()})
         if not main_process:
-            continue
+            continue  # and wait at the next gradient while the first validates
         if step % settings.validate_every == 0 or step == settings.identity_warmup_start or ends:
             scores = validate(ema.module, validation, decode, config, accelerator)
             log.write(step, {f"val/{name}": value for name, value in scores.items()})
-            tqdm.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            if scores["objective"] < best:
-                best = scores["objective"]
-                save_checkpoint(
-                    out / "checkpoint_best.pt",
-                    "flowdiff",
-                    {**keep, "weights": ema.module.state_dict(), "scores": scores, "step": step},
-                )
+            tqdm.write(f"step {step}: {_shown(scores)}")
+            if competes(step, settings) and scores["objective"] < best:
+                best, best_step = scores["objective"], step
+                kept = {"weights": ema.module.state_dict(), "scores": scores, "step": step}
+                save_checkpoint(out / "checkpoint_best.pt", "flowdiff", handed_on | kept)
         if step == settings.phase1_steps:
-            save_checkpoint(
-                out / "checkpoint_generative.pt",
-                "flowdiff",
-                {**keep, "weights": ema.module.state_dict(), "scores": {}, "step": step},
-            )
+            guard.check(step, ema.module.state_dict())
+            kept = {"weights": ema.module.state_dict(), "scores": {}, "step": step}
+            save_checkpoint(out / "checkpoint_generative.pt", "flowdiff", handed_on | kept)
         if step % settings.sample_every == 0 or ends:
-            draw_samples(ema.module, validation, decode, config, accelerator.device, step)
-        if step % config.runtime.checkpoint_every == 0 or ends:
+            draw_samples(ema.module, validation, decode, config, step)
+        if step % options.checkpoint_every == 0 or ends:
+            guard.check(step, network.state_dict())
             state = {"weights": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-            save_checkpoint(
-                out / "checkpoint_last.pt",
-                "flowdiff-training",
-                {"config": resumed_config, "step": step, "best": best, **state},
-            )
+            state |= {"step": step, "best": best, "best_step": best_step, "skipped_steps": guard.skipped}
+            save_checkpoint(out / "checkpoint_last.pt", "flowdiff-training", state | {"identity": identity.plain()})
     accelerator.wait_for_everyone()
     log.close()
     if main_process:
-        summarize(out, config)
+        summarize(out, settings, command)
     accelerator.end_training()
 
 
-def resumable(config: Config, vae_sha256: str, train: LatentDataset) -> dict:
-    """The part of the config that a resumed run must share, the latents it trains on included."""
-    latents = {"rows": len(train), "mean": list(train.standard.mean), "std": list(train.standard.std)}
-    flowdiff = without(plain(config.flowdiff), "output", "latents", "vae_checkpoint", "log_every")
-    return {
+def refuse_other_vae(description: dict, vae_sha256: str, settings: FlowDiffTrainingConfig) -> None:
+    """UsageError where the latents were not made by this VAE."""
+    if description["vae_sha256"] != vae_sha256:
+        raise UsageError(
+            f"the latents in {settings.latents} come from another VAE than {settings.vae_checkpoint}: "
+            "run python extract_latents.py again"
+        )
+
+
+def run_identity(
+    config: Config, train: LatentDataset, validation: LatentDataset, vae_sha256: str, accelerator: Accelerator
+) -> RunIdentity:
+    """What a resumed run must share: numbers and contents, not where files lie nor how often it says something."""
+    unshared = ("output", "latents", "vae_checkpoint", "log_every", "sample_every")
+    settings = {
         "unet": plain(config.unet),
-        "flowdiff": flowdiff,
-        "seed": config.runtime.seed,
-        "vae_sha256": vae_sha256,
-        "latents": latents,
+        "flowdiff": without(plain(config.flowdiff), *unshared),
+        "runtime": {"seed": config.runtime.seed},
+        "number of processes": accelerator.num_processes,
+        "precision": precision_of(accelerator),
     }
+    inputs = {
+        "the training latents": train.sha256,
+        "the validation latents": validation.sha256,
+        "the VAE": vae_sha256,
+    }
+    return RunIdentity(settings, inputs, ADJUSTABLE)
+
+
+def hand_on(config: Config, vae_checkpoint: dict, description: dict, vae_sha256: str) -> dict:
+    """What checkpoint_best.pt hands on beside its weights: phase 4 has to guess nothing."""
+    return {
+        "config": plain(config),
+        "preprocessing": description["preprocessing"],
+        "split": description["split"],
+        "members": [vae_checkpoint["members"], description["members"]],  # of the VAE, and of this network
+        "latent_channels": description["shape"][0],
+        "mean": description["mean"],
+        "std": description["std"],
+        "vae_sha256": vae_sha256,
+    }
+
+
+class Batch(NamedTuple):
+    """This process's latents of one step with all their randomness, on the device."""
+
+    z: Tensor  # (B, C, h, w)
+    noise: Tensor
+    t: Tensor  # (B,)
+    seen: Tensor  # those of z that the identity loss sees
+    walk: Tensor  # the noise of their way out
+    seen_weight: float  # so that the mean over all processes is the mean over all that are seen
+
+
+def draw(z: Tensor, step: int, config: Config, accelerator: Accelerator) -> Batch:
+    """Drawn for the batch of all processes together, then parted: how many share it changes nothing."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    whole, shape = len(z) * ranks, z.shape[1:]
+    random = generator(config.runtime.seed, "flowdiff", step)
+    noise = own_part(torch.randn(whole, *shape, generator=random), accelerator)
+    t = own_part(stratified_times(whole, random), accelerator)
+    places = identity_places(whole, config.flowdiff.identity_share)
+    walks = torch.randn(len(places), *shape, generator=random)
+    own = [order for order, place in enumerate(places) if place // len(z) == rank]
+    seen = z[[places[order] % len(z) for order in own]]
+    parts = (part.to(accelerator.device, non_blocking=True) for part in (z, noise, t, seen, walks[own]))
+    return Batch(*parts, seen_weight=len(own) * ranks / len(places))
+
+
+def competes(step: int, settings: FlowDiffTrainingConfig) -> bool:
+    """Whether the weights of this step may be the best: once the identity constraint, if any, has its full weight."""
+    return settings.lambda_id_global == 0 or step >= settings.identity_warmup_end
 
 
 def training_normalizer(predict: Predict, noise: Tensor, config: Config) -> Callable[[Tensor], Tensor]:
     """G as the identity constraint uses it, with this noise."""
     settings = config.flowdiff
-    return lambda z: normalizer(
-        predict, z, settings.identity_noise_level, noise, settings.identity_steps, settings.identity_solver
-    )
+    level, steps, solver = settings.identity_noise_level, settings.identity_steps, settings.identity_solver
+    return lambda z: normalizer(predict, z, level, noise, steps, solver)
 
 
 @torch.no_grad()
@@ -228,91 +271,69 @@ def validate(
 ) -> dict[str, float]:
     """Mean losses of the EMA weights over the validation latents, with the same times and noise at every call.
 
-    `objective` is L_gen + lambda_id_global L_id whatever the step; a small set is gone through several times, for less noise.
+    `objective` is L_gen + lambda_id_global L_id whatever the step; a small set is gone through several times, for less
+    noise.
     """
-    settings, meter = config.flowdiff, Meter()
+    settings, meter, predict = config.flowdiff, Meter(), two_heads(network)
+    pixels = settings.identity_space == "pixel"
     random = generator(config.runtime.seed, "validation")
-    device = accelerator.device
-
-    def predict(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        with accelerator.autocast():
-            noise_hat, velocity_hat = network(at_unit_variance(z_t, t), t)
-        return noise_hat.float(), velocity_hat.float()
-
     for repeat in range(max(1, round(128 / len(dataset)))):
         for z in DataLoader(dataset, batch_size=settings.batch_size):
             noise, t = torch.randn(z.shape, generator=random), stratified_times(len(z), random)
-            z, noise, t = z.to(device), noise.to(device), t.to(device)
-            loss = generative_loss(predict, z, noise, t, settings)
-            values = {"diff": loss.terms["diff"], "flow": loss.terms["flow"], "objective": loss.total}
-            if repeat == 0 or settings.identity_space == "latent":
-                space = decode if settings.identity_space == "pixel" else None
-                values["id"] = identity_loss(training_normalizer(predict, noise, config), z, space)
-            for _ in range(len(z)):  # a mean over latents: the last batch may be smaller
-                meter.add(values)
+            z, noise, t = (part.to(accelerator.device) for part in (z, noise, t))
+            with accelerator.autocast():
+                values = generative_loss(predict, z, noise, t, settings).terms
+                if repeat == 0 or not pixels:
+                    walk = training_normalizer(predict, noise, config)
+                    values |= {"loss_id": identity_loss(walk, z, decode if pixels else None)}
+            meter.add(values, weight=len(z))
     scores = meter.flush()
-    scores["objective"] += settings.lambda_id_global * scores["id"]
+    scores["weighted_id"] = settings.lambda_id_global * scores["loss_id"]
+    scores["objective"] = scores["weighted_diff"] + scores["weighted_flow"] + scores["weighted_id"]
     return scores
 
 
 @torch.no_grad()
 def draw_samples(
-    network: FlowDiffUNet,
-    dataset: LatentDataset,
-    decode: Callable[[Tensor], Tensor],
-    config: Config,
-    device: torch.device,
-    step: int,
+    network: FlowDiffUNet, dataset: LatentDataset, decode: Callable[[Tensor], Tensor], config: Config, step: int
 ) -> None:
     """samples_XXXXXX.png: new images from pure noise by both heads; normals_XXXXXX.png: x, G(x) and what G changed."""
     settings, out = config.flowdiff, Path(config.flowdiff.output)
+    device, predict = next(network.parameters()).device, two_heads(network)
     z = torch.stack([dataset[row] for row in range(min(GRID_IMAGES, len(dataset)))]).to(device)
     noise = torch.randn(z.shape, generator=generator(config.runtime.seed, "samples")).to(device)
-
-    def predict(z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return network(at_unit_variance(z_t, t), t)
 
     def pictures(latents: Tensor) -> np.ndarray:
         return decode(latents).clamp(-1, 1)[:, 0].cpu().numpy()
 
-    generated = [
-        ("flow, Euler", sample(predict, noise, SAMPLING_STEPS, "euler")),
-        ("diffusion, DDIM", sample(predict, noise, SAMPLING_STEPS, "ddim")),
-    ]
-    save_grid(out / f"samples_{step:06d}.png", [(name, pictures(latents)) for name, latents in generated])
-    x, normal = (
-        pictures(z),
-        pictures(normalizer(predict, z, settings.identity_noise_level, noise, SAMPLING_STEPS, "euler")),
-    )
-    save_grid(
-        out / f"normals_{step:06d}.png",
-        [("x, decoded", x), ("G(x)", normal), ("x - G(x)", x - normal)],
-        signed=["x - G(x)"],
-    )
+    flow = pictures(sample(predict, noise, SAMPLING_STEPS, "euler"))
+    diffusion = pictures(sample(predict, noise, SAMPLING_STEPS, "ddim"))
+    save_grid(out / f"samples_{step:06d}.png", [("flow, Euler", flow), ("diffusion, DDIM", diffusion)])
+    x = pictures(z)
+    normal = pictures(normalizer(predict, z, settings.identity_noise_level, noise, SAMPLING_STEPS, "euler"))
+    rows = [("x, decoded", x), ("G(x)", normal), ("x - G(x)", x - normal)]
+    save_grid(out / f"normals_{step:06d}.png", rows, signed=["x - G(x)"])
 
 
-def summarize(out: Path, config: Config) -> None:
-    """The last words of phase 3: curves.png, the identity error before and after the curriculum, what to run next."""
+def summarize(out: Path, settings: FlowDiffTrainingConfig, command: CommandLine) -> None:
+    """The last words of phase 3: curves.png, what is kept and what the curriculum did to it, what to run next."""
     history = read_log(out)
-    names = ("objective", "diff", "flow", "id")
-    save_curves(
-        out / "curves.png",
-        {name: history[f"val/{name}"] for name in names if f"val/{name}" in history},
-        "phase 3, validation (EMA weights)",
-    )
+    names = ("objective", "loss_diff", "loss_flow", "loss_id")
+    curves = {name: history[f"val/{name}"] for name in names if f"val/{name}" in history}
+    save_curves(out / "curves.png", curves, "phase 3, validation (EMA weights)")
     kept = load_checkpoint(out / "checkpoint_best.pt", "flowdiff", MADE_BY)
-    before = [v for s, v in zip(*history["val/id"], strict=True) if s <= config.flowdiff.identity_warmup_start]
-    if before:
-        after = history["val/id"][1][-1]
-        print(
-            f"identity error on validation normals ({config.flowdiff.identity_space}): {before[-1]:.4f} before, {after:.4f} after the curriculum"
-        )
-    print(
-        f"kept step {kept['step']}: "
-        + ", ".join(f"{n} {v:.4f}" for n, v in kept["scores"].items())
-        + f" -> {out / 'checkpoint_best.pt'}"
-    )
-    print("next: python inference.py")
+    scored = zip(*history["val/loss_id"], strict=True)
+    before = [value for step, value in scored if step <= settings.identity_warmup_start]
+    if before and settings.lambda_id_global > 0:
+        change = f"{before[-1]:.4f} before the curriculum, {kept['scores']['loss_id']:.4f} in what is kept"
+        print(f"identity error on validation normals ({settings.identity_space}): {change}")
+    print(f"kept step {kept['step']}: {_shown(kept['scores'])} -> {out / 'checkpoint_best.pt'}")
+    print(f"next: {command.next('inference.py')}")
+
+
+def _shown(scores: dict[str, float]) -> str:
+    """The scores without the weighted ones, which say the same once more."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if not name.startswith("weighted_"))
 
 
 if __name__ == "__main__":

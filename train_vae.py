@@ -5,227 +5,263 @@ Writes  outputs/phase1_vae/: checkpoint_best.pt for phases 2 to 4, checkpoint_la
         curves.png, and val_XXXXXX.png with original, reconstruction and residual of validation images
 
 Only the decoder is trained by default, so that the latent space stays the pretrained one.
+The log has every term of the loss unweighted (loss_pix, loss_grad, loss_hf, loss_ssim, loss_kl) and as it enters the
+total (weighted_pix and so on); loss_ssim is 1 - SSIM. Those of train/ are of the first process's images.
 Look for: PSNR above 30 dB, SSIM towards 0.95, residuals that show noise and no anatomy.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from command_line import parse_config
-from config import Config, UsageError
+from command_line import CommandLine, parse_command
+from config import VAE_DOWNSAMPLING, Config
 from dataset import RadiographDataset, open_datasets
-from files import load_checkpoint, save_checkpoint, write_json
-from metrics import psnr
-from model import RadiographVAE, pretrained_vae, ssim, vae_loss
-from radiographs.manifest import list_records, split_records
+from files import (
+    RunIdentity,
+    load_checkpoint,
+    remove_files,
+    resume_point,
+    save_checkpoint,
+    weights_sha256,
+    write_json,
+)
+from model import RadiographVAE, pretrained_vae, psnr, ssim, vae_loss
+from radiographs.manifest import describe_patients, list_records, split_records
+from radiographs.membership import Membership
 from reporting.figures import save_curves, save_grid
 from runtime import (
     Meter,
     RunLog,
-    StepBatches,
+    StepGuard,
     generator,
     learning_rate,
+    own_part,
     plain,
+    precision_of,
     read_log,
-    resume_point,
     run_script,
     set_learning_rate,
     start,
+    step_loader,
+    stream_seed,
     without,
 )
 
 MADE_BY = "python train_vae.py"
+FILES_OF_A_RUN = ("checkpoint_*.pt", "log.csv", "curves.png", "val_[0-9]*.png")
+ADJUSTABLE = ("vae.steps", "vae.lr", "vae.lr_warmup_steps")  # in a resumed run, with --runtime.resume-changed True
 GRID_IMAGES = 8
 
 
 def main() -> None:
-    config = parse_config(__doc__)
+    command = parse_command(__doc__)
+    config = command.config
     settings, seed, out = config.vae, config.runtime.seed, Path(config.vae.output)
     accelerator = start(config.runtime)
+    device, main_process = accelerator.device, accelerator.is_main_process
 
-    # The same patients in every phase: the split depends on data.root and the seed alone.
-    splits = split_records(list_records(config.data.root), config.data, seed)
-    normals = {name: splits[name] for name in ("train", "val")}
-    datasets = open_datasets(
-        normals, config.data, seed, out / "skipped_files.csv", quiet=not accelerator.is_main_process
-    )
+    datasets = open_normals(config, accelerator)
     train, validation = datasets["train"].augmented(), datasets["val"]
-    accelerator.print(
-        f"{len(train)} training and {len(validation)} validation radiographs at {config.data.height} x {config.data.width}"
-    )
-
     vae = pretrained_vae(settings)
     trained = [weight for weight in vae.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
-    accelerator.print(
-        f"training {sum(weight.numel() for weight in trained) / 1e6:.2f} M of {sum(w.numel() for w in vae.parameters()) / 1e6:.2f} M weights"
-    )
+    accelerator.print(f"training {_millions(trained)} of {_millions(vae.parameters())} M weights")
 
-    resumed_config = resumable(config)
-    last = resume_point(out / "checkpoint_last.pt", "vae-training", resumed_config, config.runtime.resume, MADE_BY)
-    step, best = 0, float("inf")
+    identity = run_identity(config, datasets, vae, accelerator)
+    options, total = config.runtime, settings.steps
+    last = resume_point(out / "checkpoint_last.pt", "vae-training", identity, options, MADE_BY, total)
+    step, best, skipped = 0, float("inf"), 0
     if last:
         vae.load_state_dict(last["weights"])
         optimizer.load_state_dict(last["optimizer"])
-        step, best = last["step"], last["best"]
-        accelerator.print(f"continuing from step {step} of {settings.steps} (--runtime.resume False starts anew)")
+        step, best, skipped = last["step"], last["best"], last["skipped_steps"]
+        accelerator.print(f"continuing from step {step} of {total} (--runtime.resume False starts anew)")
+    elif main_process:
+        remove_files(out, FILES_OF_A_RUN)
     model, optimizer = accelerator.prepare(vae, optimizer)
+    loader = step_loader(train, settings.batch_size, (step, total), config, accelerator)
 
-    batches = StepBatches(
-        len(train),
-        settings.batch_size,
-        step,
-        settings.steps,
-        seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
-    loader = DataLoader(
-        train, batch_sampler=batches, num_workers=config.data.num_workers, pin_memory=accelerator.device.type == "cuda"
-    )
-    main_process = accelerator.is_main_process
-    log, meter = RunLog(out, "phase1", config, from_step=step, enabled=main_process), Meter()
+    log = RunLog(out, "phase1", config, from_step=step, enabled=main_process)
+    meter = Meter()
+    guard = StepGuard("vae.lr", options.max_skipped_steps, skipped, quiet=not main_process)
+    handed_on = hand_on(config, vae, datasets)
+
+    def validated(best: float) -> float:
+        """Score the weights of this step, keep them if they are the best so far; returns the lowest loss."""
+        scores = validate(vae, validation, config, device, step)
+        log.write(step, {f"val/{name}": value for name, value in scores.items()})
+        if not scores["loss"] < best:
+            return best
+        kept = {"weights": vae.state_dict(), "scores": without_notes(scores), "step": step}
+        save_checkpoint(out / "checkpoint_best.pt", "vae", handed_on | kept)
+        return scores["loss"]
+
     if main_process:
         write_json(out / "config.json", plain(config))
         if step == 0:
-            best = validate_and_keep(vae, validation, config, accelerator, log, step, best)
+            best = validated(best)
 
-    progress = tqdm(loader, desc="phase 1", initial=step, total=settings.steps, disable=not main_process)
+    progress = tqdm(loader, desc="phase 1", initial=step, total=total, disable=not main_process)
+    model.train()
     for batch in progress:
-        set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, settings.steps))
+        set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total))
         step += 1
-        x = batch["image"].to(accelerator.device)
+        torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
+        x = batch["image"].to(device, non_blocking=True)
         loss = vae_loss(x, *model(x, posterior_noise(vae, x, config, step, accelerator)), settings)
-        if not torch.isfinite(loss.total):
-            raise UsageError(
-                f"the loss is not finite at step {step}: lower vae.lr and run again; checkpoint_last.pt holds the last good weights"
-            )
 
         accelerator.backward(loss.total)
         grad_norm = accelerator.clip_grad_norm_(trained, settings.grad_clip)
-        optimizer.step()
+        if guard.passes(step, grad_norm):
+            optimizer.step()
+            meter.add({"loss": loss.total, **loss.terms, "grad_norm": grad_norm})
         optimizer.zero_grad(set_to_none=True)
+        meter.add({}, images=len(x) * accelerator.num_processes)
 
-        meter.add(
-            {"loss": loss.total.detach(), **loss.terms, "grad_norm": grad_norm},
-            images=len(x) * accelerator.num_processes,
-        )
-        if step % settings.log_every == 0 or step == settings.steps:
-            means = {**loss.terms, **meter.flush()}  # the terms first, so that an n/a stays in the log
-            progress.set_postfix(loss=f"{means['loss']:.4f}")
-            log.write(
-                step,
-                {f"train/{name}": value for name, value in means.items()}
-                | {"train/lr": optimizer.param_groups[0]["lr"]},
-            )
-        ends = step == settings.steps
-        if main_process and (step % settings.validate_every == 0 or ends):
-            best = validate_and_keep(vae, validation, config, accelerator, log, step, best)
-        if main_process and (step % config.runtime.checkpoint_every == 0 or ends):
-            state = {
-                "config": resumed_config,
-                "step": step,
-                "best": best,
-                "weights": vae.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
+        ends = step == total
+        if step % settings.log_every == 0 or ends:
+            means = meter.flush() | {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
+            progress.set_postfix(loss=f"{means.get('loss', float('nan')):.4f}")
+            log.write(step, {f"train/{name}": value for name, value in means.items()})
+        if not main_process:
+            continue  # and wait at the next gradient while the first validates
+        if step % settings.validate_every == 0 or ends:
+            best = validated(best)
+        if step % options.checkpoint_every == 0 or ends:
+            guard.check(step, vae.state_dict())
+            state = {"weights": vae.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity.plain()}
+            state |= {"step": step, "best": best, "skipped_steps": guard.skipped}
             save_checkpoint(out / "checkpoint_last.pt", "vae-training", state)
     accelerator.wait_for_everyone()
     log.close()
     if main_process:
-        summarize(out)
+        summarize(out, command)
     accelerator.end_training()
 
 
-def resumable(config: Config) -> dict:
-    """The part of the config that a resumed run must share: not where files lie, nor how fast they are read."""
-    data = without(plain(config.data), "test", "num_workers", "cache_gb")
-    return {"data": data, "vae": without(plain(config.vae), "output", "log_every"), "seed": config.runtime.seed}
+def open_normals(config: Config, accelerator: Accelerator) -> dict[str, RadiographDataset]:
+    """Every normal radiograph that trains or validates. Where a patient goes depends on the patient alone."""
+    records = list_records(config.data.root, config.data.patient_from)
+    accelerator.print(describe_patients(records))
+    splits = split_records(records, config.data)
+    normals = {name: splits[name] for name in ("train", "val")}
+    report, quiet = Path(config.vae.output) / "skipped_files.csv", not accelerator.is_main_process
+    datasets = open_datasets(normals, config.data, config.runtime.seed, report, quiet)
+    counts = f"{len(datasets['train'])} training and {len(datasets['val'])} validation radiographs"
+    accelerator.print(f"{counts} at {config.data.height} x {config.data.width}")
+    return datasets
+
+
+def run_identity(
+    config: Config, datasets: dict[str, RadiographDataset], vae: RadiographVAE, accelerator: Accelerator
+) -> RunIdentity:
+    """What a resumed run must share: numbers and contents, not where files lie nor how fast they are read."""
+    settings = {
+        "data": without(plain(config.data), "root", "test", "num_workers", "cache_gb", "max_bad_share"),
+        "vae": without(plain(config.vae), "output", "log_every", "pretrained"),
+        "runtime": {"seed": config.runtime.seed},
+        "number of processes": accelerator.num_processes,
+        "precision": precision_of(accelerator),
+    }
+    scratch = config.vae.pretrained == "scratch"
+    inputs = {
+        "the training radiographs": datasets["train"].digest,
+        "the validation radiographs": datasets["val"].digest,
+        "the pretrained VAE": "scratch" if scratch else weights_sha256(vae.state_dict()),
+    }
+    return RunIdentity(settings, inputs, ADJUSTABLE)
+
+
+def hand_on(config: Config, vae: RadiographVAE, datasets: dict[str, RadiographDataset]) -> dict:
+    """What checkpoint_best.pt hands on beside its weights: no later phase has to guess it."""
+    patients = {name: [record.patient for record in dataset.records] for name, dataset in datasets.items()}
+    digests = {name: dataset.digests for name, dataset in datasets.items()}
+    return {
+        "config": plain(config),
+        "recipe": vae.recipe(),
+        "preprocessing": config.data.preprocessing,
+        "split": config.data.split,
+        "members": Membership.of(patients, digests).plain(),
+    }
 
 
 def posterior_noise(
-    vae: RadiographVAE, x: torch.Tensor, config: Config, step: int, accelerator: Accelerator
-) -> torch.Tensor | None:
-    """Noise to draw z from the posterior while the encoder learns; None, so z is the mean as in phases 2 to 4, while it is frozen."""
+    vae: RadiographVAE, x: Tensor, config: Config, step: int, accelerator: Accelerator
+) -> Tensor | None:
+    """Noise to draw z from the posterior while the encoder learns; None while it is frozen: z is the mean, as later."""
     if config.vae.freeze_encoder or not vae.has_posterior:
         return None
-    shape = (len(x), vae.latent_channels, x.shape[2] // 8, x.shape[3] // 8)
-    return torch.randn(
-        shape, generator=generator(config.runtime.seed, "posterior", step, accelerator.process_index)
-    ).to(x.device)
+    height, width = (size // VAE_DOWNSAMPLING for size in x.shape[2:])
+    whole = (len(x) * accelerator.num_processes, vae.latent_channels, height, width)
+    noise = torch.randn(whole, generator=generator(config.runtime.seed, "posterior", step))
+    return own_part(noise, accelerator).to(x.device, non_blocking=True)
 
 
 @torch.no_grad()
-def validate_and_keep(
-    vae: RadiographVAE,
-    dataset: RadiographDataset,
-    config: Config,
-    accelerator: Accelerator,
-    log: RunLog,
-    step: int,
-    best: float,
-) -> float:
-    """Score every validation image in float32, draw the grid, keep the checkpoint if the loss is the lowest so far; returns the lowest."""
+def validate(
+    vae: RadiographVAE, dataset: RadiographDataset, config: Config, device: torch.device, step: int
+) -> dict[str, float | str]:
+    """Mean scores over the validation images, in float32; val_XXXXXX.png shows the first of them."""
+    was_training = vae.training
     vae.eval()
-    meter, shown = Meter(), []
+    meter = Meter()
+    originals: list[Tensor] = []
+    copies: list[Tensor] = []
     for batch in DataLoader(dataset, batch_size=config.vae.batch_size):
-        x = batch["image"].to(accelerator.device)
+        x = batch["image"].to(device)
         mean, logvar = vae.encode(x)  # by its parts: accelerate has wrapped the forward of the module in autocast
         reconstruction = vae.decode(mean)
         loss = vae_loss(x, reconstruction, mean, logvar, config.vae)
-        for original, copy in zip(x, reconstruction.clamp(-1, 1), strict=True):
-            meter.add(
-                {"psnr": psnr(original.cpu().numpy(), copy.cpu().numpy()), "ssim": ssim(original[None], copy[None])}
-            )
-            if len(shown) < GRID_IMAGES:
-                shown.append((original[0].cpu().numpy(), copy[0].cpu().numpy()))
-        for _ in range(len(x)):  # a mean over images: the last batch may be smaller
-            meter.add({"loss": loss.total, **loss.terms})
-    vae.train()
-
+        copy = reconstruction.clamp(-1, 1)
+        quality = {"psnr": psnr(x, copy).mean(), "ssim": ssim(x, copy)}
+        meter.add({"loss": loss.total, **loss.terms, **quality}, weight=len(x))
+        if len(originals) < GRID_IMAGES:
+            originals += x[:, 0].cpu()
+            copies += copy[:, 0].cpu()
+    vae.train(was_training)
+    draw_grid(Path(config.vae.output) / f"val_{step:06d}.png", originals[:GRID_IMAGES], copies[:GRID_IMAGES])
     scores = meter.flush()
-    log.write(step, {f"val/{name}": value for name, value in ({"kl": "n/a", "beta_kl": "n/a"} | scores).items()})
-    originals, copies = zip(*shown, strict=True)
-    residuals = [x - y for x, y in zip(originals, copies, strict=True)]
-    save_grid(
-        Path(config.vae.output) / f"val_{step:06d}.png",
-        [("original", originals), ("reconstruction", copies), ("residual", residuals)],
-        signed=["residual"],
-    )
-    tqdm.write(
-        f"step {step}: validation loss {scores['loss']:.4f}, PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}"
-    )
-    if scores["loss"] < best:
-        weights = {name: weight.cpu() for name, weight in vae.state_dict().items()}
-        content = {"config": plain(config), "recipe": vae.recipe(), "weights": weights, "scores": scores, "step": step}
-        save_checkpoint(Path(config.vae.output) / "checkpoint_best.pt", "vae", content)
-    return min(best, scores["loss"])
+    loss, quality = f"{scores['loss']:.4f}", f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}"
+    tqdm.write(f"step {step}: validation loss {loss}, {quality}")
+    return scores
 
 
-def summarize(out: Path) -> None:
-    """The last words of phase 1: what is in checkpoint_best.pt and what to run next."""
-    log_curves(out)
+def draw_grid(path: Path, originals: list[Tensor], copies: list[Tensor]) -> None:
+    """Original, reconstruction and residual of validation images (H, W), a column each."""
+    rows = {
+        "original": [x.numpy() for x in originals],
+        "reconstruction": [copy.numpy() for copy in copies],
+        "residual": [(x - copy).numpy() for x, copy in zip(originals, copies, strict=True)],
+    }
+    save_grid(path, list(rows.items()), signed=["residual"])
+
+
+def without_notes(scores: dict[str, float | str]) -> dict[str, float]:
+    """The numbers among them."""
+    return {name: value for name, value in scores.items() if not isinstance(value, str)}
+
+
+def summarize(out: Path, command: CommandLine) -> None:
+    """The last words of phase 1: curves.png, what is in checkpoint_best.pt and what to run next."""
+    history = read_log(out)
+    names = ("loss", "weighted_pix", "weighted_grad", "weighted_hf", "weighted_ssim", "weighted_kl")
+    curves = {name: history[f"val/{name}"] for name in names if f"val/{name}" in history}
+    save_curves(out / "curves.png", curves, "phase 1, validation")
     kept = load_checkpoint(out / "checkpoint_best.pt", "vae", MADE_BY)
     scores = kept["scores"]
-    print(
-        f"kept step {kept['step']}: PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}, loss {scores['loss']:.4f} -> {out / 'checkpoint_best.pt'}"
-    )
-    print("next: python extract_latents.py")
+    quality = f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}, loss {scores['loss']:.4f}"
+    print(f"kept step {kept['step']}: {quality} -> {out / 'checkpoint_best.pt'}")
+    print(f"next: {command.next('extract_latents.py')}")
 
 
-def log_curves(out: Path) -> None:
-    """curves.png from log.csv: the terms as they enter the validation loss."""
-    history = read_log(out)
-    names = ("loss", "lambda_pix", "lambda_grad", "lambda_hf", "lambda_ssim", "beta_kl")
-    save_curves(
-        out / "curves.png",
-        {name: history[f"val/{name}"] for name in names if f"val/{name}" in history},
-        "phase 1, validation",
-    )
+def _millions(weights: Iterable[Tensor]) -> str:
+    return f"{sum(weight.numel() for weight in weights) / 1e6:.2f}"
 
 
 if __name__ == "__main__":

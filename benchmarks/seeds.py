@@ -1,7 +1,7 @@
 """Mean and spread over several runs: python benchmarks/seeds.py FOLDER [FOLDER ...]
 
-Each folder is one run's --outputs (it holds phase4_inference/metrics.json). Prints a Markdown table: per kind the mean over the
-runs and, after +-, the standard deviation between them (n - 1). Nothing is chosen by it.
+Each folder is one run's --outputs (it holds phase4_inference/metrics.json). Prints a Markdown table: per kind the mean
+over the runs and, after +-, the standard deviation between them (n - 1). Nothing is chosen by it.
 """
 
 import json

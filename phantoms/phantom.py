@@ -25,7 +25,7 @@ from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittle
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from config import UsageError
+from checks import UsageError
 from phantoms.anatomy import (
     MM,
     Canvas,

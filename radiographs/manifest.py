@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import median
 from typing import NoReturn
 
-from config import DataConfig, UsageError
+from checks import UsageError
+from config import DataConfig
 from radiographs.reading import SUFFIXES, find_radiographs, read_header
 
 SPLITS = {"": None, "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}

@@ -14,7 +14,8 @@ from test_manifest import write_images, write_manifest
 from torch.utils.data import DataLoader
 
 import dataset as dataset_module
-from config import DataConfig, UsageError
+from checks import UsageError
+from config import DataConfig
 from dataset import RadiographDataset, open_datasets, read_batches, report_skipped
 from radiographs.manifest import list_records, split_records
 from radiographs.reading import ImageReadError

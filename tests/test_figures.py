@@ -1,4 +1,6 @@
-"""What a reader of the PNGs relies on: right colours, nothing left over from the image before, nothing in them but the picture."""
+"""What a reader of the PNGs relies on: right colours, nothing left over from the image before, nothing in them but the
+picture.
+"""
 
 import os
 

@@ -1,11 +1,15 @@
 """The path, the conversions, the solvers and G, in float64 against autograd, closed forms and diffusers' schedulers."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
+from config import Solver
 from flowdiff_process import (
+    STEP,
     alphas_cumprod,
     at_unit_variance,
     clean_from_noise,
@@ -14,6 +18,7 @@ from flowdiff_process import (
     interpolate,
     normalizer,
     sample,
+    two_heads,
     velocity_target,
 )
 
@@ -40,6 +45,18 @@ def gaussian_heads(variance):
         return noise_hat, noise_hat - (1 - t) * variance / total * z_t
 
     return predict
+
+
+def test_every_solver_of_the_config_has_its_step():
+    assert set(STEP) == set(get_args(Solver))
+
+
+def test_two_heads_see_the_point_at_unit_variance_and_its_time(z_and_noise):
+    z, noise = z_and_noise
+    z_t, t = interpolate(z, noise, 0.4), torch.full((4,), 0.4, dtype=torch.float64)
+    seen_z, seen_t = two_heads(lambda z, t: (z, t))(z_t, t)
+    torch.testing.assert_close(seen_z * np.sqrt(0.6**2 + 0.4**2), z_t)
+    assert torch.equal(seen_t, t)
 
 
 def test_velocity_is_the_derivative_of_the_path(z_and_noise):

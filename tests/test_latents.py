@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from config import UsageError
+from checks import UsageError
 from extract_latents import channel_statistics, find_outliers
-from latent_dataset import LatentDataset, LatentStandard, read_latents_json
+from files import sha256
+from latent_dataset import FORMAT, LatentDataset, LatentStandard, read_latents_json
 
 ROWS = np.random.default_rng(0).normal([[[-3.0]], [[0.5]]], [[[0.2]], [[7.0]]], (5, 2, 4, 6)).astype(np.float32)
 STANDARD = LatentStandard(mean=(-3.0, 0.5), std=(0.2, 7.0))
@@ -19,7 +20,9 @@ def folder(tmp_path):
     """What phase 2 leaves behind, with three validation rows."""
     np.save(tmp_path / "latents_train.npy", ROWS)
     np.save(tmp_path / "latents_val.npy", ROWS[:3])
-    description = {"rows": {"train": 5, "val": 3}, "shape": [2, 4, 6], "mean": STANDARD.mean, "std": STANDARD.std}
+    description = {"format": FORMAT, "rows": {"train": 5, "val": 3}, "shape": [2, 4, 6]}
+    description |= {"mean": STANDARD.mean, "std": STANDARD.std}
+    description["sha256"] = {split: sha256(tmp_path / f"latents_{split}.npy") for split in ("train", "val")}
     (tmp_path / "latents.json").write_text(json.dumps(description))
     return tmp_path
 
@@ -47,9 +50,8 @@ def test_channel_statistics_are_numpys_however_they_are_cut(rows_at_once):
 def test_rows_come_out_standardized_by_row_or_by_epoch_and_row(folder):
     data = LatentDataset(folder, "val")
     assert len(data) == 3
-    expected = (torch.from_numpy(ROWS[2]) - torch.tensor(STANDARD.mean).view(2, 1, 1)) / torch.tensor(
-        STANDARD.std
-    ).view(2, 1, 1)
+    mean, std = (torch.tensor(values).view(2, 1, 1) for values in (STANDARD.mean, STANDARD.std))
+    expected = (torch.from_numpy(ROWS[2]) - mean) / std
     for key in (2, (7, 2)):
         torch.testing.assert_close(data[key], expected)
 
@@ -103,6 +105,20 @@ def test_a_file_of_another_shape_than_described_names_phase_2(folder, rows):
         UsageError, match=r"has shape .*latents.json says \(5, 2, 4, 6\): run python extract_latents.py again"
     ):
         LatentDataset(folder, "train")
+
+
+def test_latents_of_another_run_of_phase_2_are_refused(folder):
+    np.save(folder / "latents_train.npy", ROWS + 1)
+    with pytest.raises(UsageError, match="not the file latents.json describes: run python extract_latents.py again"):
+        LatentDataset(folder, "train")
+
+
+def test_a_description_of_another_format_names_phase_2(folder):
+    (folder / "latents.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(
+        UsageError, match=f"has format 1, this code reads {FORMAT}: run python extract_latents.py again"
+    ):
+        read_latents_json(folder)
 
 
 def test_a_damaged_description_names_phase_2(folder):

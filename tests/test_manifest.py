@@ -18,7 +18,8 @@ from pydicom.uid import (
 )
 from test_reading import noise, write_dicom
 
-from config import Config, DataConfig, RuntimeConfig, UsageError
+from checks import UsageError
+from config import Config, DataConfig, RuntimeConfig
 from radiographs.manifest import (
     FILES_PER_PATIENT,
     LARGEST_PATIENT,

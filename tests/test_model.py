@@ -1,4 +1,4 @@
-"""The VAE: losses against other libraries, what the frozen encoder keeps, and the way from a checkpoint back to the same network."""
+"""The VAE: losses against other libraries, what the frozen encoder keeps, and the way back from a checkpoint."""
 
 import copy
 import json
@@ -10,9 +10,11 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from skimage.metrics import structural_similarity
 
-from config import UsageError, VAEConfig
+from checks import UsageError
+from config import VAEConfig
 from files import load_checkpoint, save_checkpoint
-from model import RadiographVAE, kl_divergence, pretrained_vae, rebuild_vae, ssim, vae_loss
+from metrics import psnr as psnr_of_one
+from model import RadiographVAE, kl_divergence, pretrained_vae, psnr, rebuild_vae, ssim, vae_loss
 
 LEVELS = (8, 8, 16, 16)  # three halvings, as Stable Diffusion has
 
@@ -62,7 +64,10 @@ def test_kl_of_a_unit_gaussian_is_zero():
 
 @pytest.mark.parametrize("noise", [0.05, 0.5])
 def test_ssim_is_that_of_scikit_image(noise):
-    """scikit-image leaves out the border of 5 pixels, ours mirrors the image there; 1e-5 is float32 under a quotient of variances."""
+    """scikit-image leaves out the border of 5 pixels, ours mirrors the image there.
+
+    1e-5 is float32 under a quotient of variances.
+    """
     x = torch.nn.functional.interpolate(torch.rand(1, 1, 12, 16) * 2 - 1, (96, 128), mode="bicubic").clamp(-1, 1)
     y = (x + noise * torch.randn_like(x)).clamp(-1, 1)
     mirrored = (np.pad(image[0, 0].double().numpy(), 5, mode="reflect") for image in (x, y))
@@ -85,19 +90,19 @@ def test_the_total_is_the_weighted_sum_of_the_terms(weights):
     names = ("lambda_pix", "lambda_grad", "lambda_hf", "lambda_ssim", "beta_kl")
     config = VAEConfig(**dict(zip(names, weights, strict=True)))
     loss = vae_loss(radiographs(), radiographs(), *torch.randn(2, 2, 4, 4, 6), config)
-    unweighted = [float(loss.terms[name]) for name in ("pix", "grad", "hf", "ssim_error", "kl")]
+    unweighted, weighted = (
+        [float(loss.terms[f"{kind}_{name}"]) for name in ("pix", "grad", "hf", "ssim", "kl")]
+        for kind in ("loss", "weighted")
+    )
     assert float(loss.total) == pytest.approx(np.dot(weights, unweighted), rel=1e-5)
-    assert float(loss.total) == pytest.approx(sum(float(loss.terms[name]) for name in names), rel=1e-5)
+    assert float(loss.total) == pytest.approx(sum(weighted), rel=1e-5)
 
 
 def test_a_constant_offset_costs_its_size_in_pixels_and_nothing_in_edges():
     x = radiographs() * 0.5
     terms = vae_loss(x, x + 0.25, x, None, VAEConfig()).terms
-    assert (
-        float(terms["pix"]) == pytest.approx(0.25, rel=1e-5)
-        and float(terms["grad"]) < 1e-6
-        and float(terms["hf"]) < 1e-6
-    )
+    assert float(terms["loss_pix"]) == pytest.approx(0.25, rel=1e-5)
+    assert float(terms["loss_grad"]) < 1e-6 and float(terms["loss_hf"]) < 1e-6
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1])
@@ -105,16 +110,22 @@ def test_ssim_is_logged_with_its_value_also_at_weight_zero(weight):
     x, y = radiographs(), radiographs().requires_grad_()
     loss = vae_loss(x, y, x, None, VAEConfig(lambda_ssim=weight))
     loss.total.backward()
-    assert (
-        float(loss.terms["ssim_error"]) == pytest.approx(1 - float(ssim(x, y.detach())), abs=1e-6)
-        and y.grad.abs().sum() > 0
-    )
+    assert float(loss.terms["loss_ssim"]) == pytest.approx(1 - float(ssim(x, y.detach())), abs=1e-6)
+    assert float(loss.terms["weighted_ssim"]) == pytest.approx(weight * float(loss.terms["loss_ssim"]))
+    assert y.grad.abs().sum() > 0
 
 
 def test_an_autoencoder_without_a_posterior_has_no_kl():
     x, vae = radiographs(), RadiographVAE(tiny_autoencoder())
     terms = vae_loss(x, *vae(x), VAEConfig(beta_kl=1.0)).terms
-    assert terms["kl"] == terms["beta_kl"] == "n/a"
+    assert terms["loss_kl"] == terms["weighted_kl"] == "n/a"
+
+
+def test_psnr_of_a_batch_is_that_of_each_image_alone():
+    x = radiographs()
+    y = x + torch.tensor([0.01, 0.3]).view(2, 1, 1, 1) * torch.randn_like(x)
+    assert psnr(x, y).tolist() == pytest.approx([psnr_of_one(a, b) for a, b in zip(x, y, strict=True)], rel=1e-6)
+    assert psnr(x, x).tolist() == [np.inf, np.inf]
 
 
 # ---------------------------------------------------------------- encode and decode

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from config import UsageError
+from checks import UsageError
 from phantoms.phantom import LESIONS, draw_phantom, write_dataset, write_dicom
 
 SIZE = {"height": 128, "width": 256}

@@ -1,32 +1,18 @@
-"""What every phase leans on: reproducible order and noise, files that appear whole, checkpoints that refuse to be misread."""
+"""What every phase leans on: reproducible order and noise, steps that may fail, the log."""
 
 import csv
-import json
-import os
+import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import runtime
-from config import Config, RuntimeConfig, UsageError, VAEConfig
-from files import FORMAT, load_checkpoint, save_checkpoint, sha256, write_atomically, write_json
-from runtime import (
-    Meter,
-    RunLog,
-    StepBatches,
-    build_ema,
-    generator,
-    learning_rate,
-    plain,
-    read_log,
-    resume_point,
-    run_script,
-)
-
-MADE_BY = "python phase.py"
-
+from checks import UsageError
+from config import Config, RuntimeConfig
+from runtime import EMA, Meter, RunLog, StepBatches, StepGuard, generator, learning_rate, own_part, read_log, run_script
 
 # ---------------------------------------------------------------- order and noise
 
@@ -77,10 +63,10 @@ def test_the_learning_rate_needs_no_warm_up_and_stays_down_after_the_end():
 @pytest.mark.parametrize("decay", [0.5, 0.999])
 def test_ema_follows_its_recursion(decay):
     model = torch.nn.Linear(3, 2, dtype=torch.float64)
-    ema, expected = build_ema(model, decay), None
+    ema, expected = EMA(model, decay), None
     for n in range(30):
         torch.nn.init.normal_(model.weight)
-        ema.update_parameters(model)
+        ema.update(model)
         current = min(decay, (1 + n) / (10 + n))
         expected = (
             model.weight.detach().clone() if n == 0 else current * expected + (1 - current) * model.weight.detach()
@@ -91,10 +77,30 @@ def test_ema_follows_its_recursion(decay):
 def test_ema_holds_no_gradient_and_does_not_touch_the_model():
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Dropout())
     before = model[0].weight.detach().clone()
-    ema = build_ema(model, 0.9)
-    ema.update_parameters(model)
-    assert not any(weight.requires_grad for weight in ema.parameters()) and not ema.module.training
+    ema = EMA(model, 0.9)
+    ema.update(model)
+    assert not any(weight.requires_grad for weight in ema.module.parameters()) and not ema.module.training
     assert model[0].weight.requires_grad and model.training and torch.equal(model[0].weight, before)
+
+
+def test_an_ema_taken_up_again_goes_on_where_it_was():
+    model = torch.nn.Linear(3, 2)
+    one = EMA(model, 0.9)
+    for _ in range(3):
+        torch.nn.init.normal_(model.weight)
+        one.update(model)
+    other = EMA(torch.nn.Linear(3, 2), 0.9)
+    other.load_state_dict(one.state_dict())
+    torch.nn.init.normal_(model.weight)
+    for ema in (one, other):
+        ema.update(model)
+    assert torch.equal(one.module.weight, other.module.weight)
+
+
+def test_the_parts_of_all_processes_are_the_whole():
+    whole = torch.arange(12).reshape(6, 2)
+    ranks = [SimpleNamespace(num_processes=3, process_index=rank) for rank in range(3)]
+    assert torch.equal(torch.cat([own_part(whole, rank) for rank in ranks]), whole)
 
 
 def test_noise_depends_on_every_part_of_its_key_and_on_nothing_else():
@@ -141,143 +147,6 @@ def test_cuda_without_a_gpu_names_the_way_out(monkeypatch):
         runtime.start(RuntimeConfig(device="cuda"))
 
 
-# ---------------------------------------------------------------- files that appear whole
-
-
-def half_then_fail(path):
-    path.write_text("ha")
-    raise OSError("disk full")
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    write_atomically(tmp_path / "x.txt", lambda path: path.write_text("old"))
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(tmp_path / "x.txt", half_then_fail)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.txt": "old"}
-
-
-def test_a_file_is_flushed_before_it_takes_its_place(tmp_path, monkeypatch):
-    order = []
-    for name in ("fsync", "replace"):
-        real = getattr(os, name)
-        monkeypatch.setattr(runtime.os, name, lambda *args, name=name, real=real: (order.append(name), real(*args)))
-    write_atomically(tmp_path / "new" / "x.txt", lambda path: path.write_text("whole"))
-    assert order == ["fsync", "replace"] and (tmp_path / "new" / "x.txt").read_text() == "whole"
-
-
-def test_json_is_strict(tmp_path):
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "x.json", {"auroc": float("nan")})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_sha256_is_that_of_the_standard(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
-    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def test_a_checkpoint_reads_back(tmp_path):
-    save_checkpoint(tmp_path / "x.pt", "vae", {"weights": {"w": torch.arange(3.0)}, "step": 7})
-    content = load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)
-    assert (content["format"], content["kind"], content["step"]) == (FORMAT, "vae", 7) and content["weights"][
-        "w"
-    ].tolist() == [0, 1, 2]
-
-
-class Malice:
-    """What a hostile .pt holds: unpickling it runs a command."""
-
-    def __init__(self, witness):
-        self.witness = witness
-
-    def __reduce__(self):
-        return os.mkdir, (self.witness,)
-
-
-def truncated(path):
-    save_checkpoint(path, "vae", {"weights": torch.zeros(1000)})
-    path.write_bytes(path.read_bytes()[:2000])
-
-
-SPOILT = {
-    "missing": (lambda path: None, "is missing: run python phase.py first"),
-    "empty": (lambda path: path.write_bytes(b""), "cannot be read .*run python phase.py again"),
-    "garbage": (lambda path: path.write_bytes(b"not a checkpoint"), "cannot be read .*run python phase.py again"),
-    "truncated": (truncated, "cannot be read .*run python phase.py again"),
-    "wrong kind": (
-        lambda path: save_checkpoint(path, "flowdiff", {}),
-        "is no vae checkpoint: give the file that python phase.py wrote",
-    ),
-    "a bare tensor": (
-        lambda path: torch.save(torch.zeros(3), path),
-        "is no vae checkpoint: give the file that python phase.py wrote",
-    ),
-    "a state dict": (
-        lambda path: torch.save({"weight": torch.zeros(3)}, path),
-        "is no vae checkpoint: give the file that python phase.py wrote",
-    ),
-    "newer format": (
-        lambda path: torch.save({"kind": "vae", "format": FORMAT + 1}, path),
-        f"has format {FORMAT + 1}, this code reads {FORMAT}: use the",
-    ),
-    "no format": (lambda path: torch.save({"kind": "vae"}, path), "run python phase.py again"),
-    "a folder": (lambda path: path.mkdir(), "python phase.py"),
-}
-
-
-@pytest.mark.parametrize("name", SPOILT)
-def test_a_spoilt_checkpoint_is_refused_with_the_remedy(name, tmp_path):
-    spoil, remedy = SPOILT[name]
-    spoil(tmp_path / "x.pt")
-    with pytest.raises(UsageError, match=f"x.pt {remedy}" if remedy[:3] != "run" and name != "a folder" else remedy):
-        load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)
-
-
-def test_code_hidden_in_a_checkpoint_does_not_run(tmp_path):
-    torch.save({"kind": "vae", "format": FORMAT, "weights": Malice(str(tmp_path / "witness"))}, tmp_path / "x.pt")
-    with pytest.raises(UsageError, match="cannot be read"):
-        load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)
-    assert not (tmp_path / "witness").exists()
-    torch.load(tmp_path / "x.pt", weights_only=False)  # it would have
-    assert (tmp_path / "witness").exists()
-
-
-def test_a_config_in_a_checkpoint_is_plain_and_survives(tmp_path):
-    save_checkpoint(tmp_path / "x.pt", "vae", {"config": plain(Config())})
-    stored = load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)["config"]
-    assert stored == json.loads(json.dumps(stored)) == plain(Config())
-
-
-def test_resuming_is_a_choice_and_needs_a_file(tmp_path):
-    assert resume_point(tmp_path / "x.pt", "vae", {}, True, MADE_BY) is None
-    save_checkpoint(tmp_path / "x.pt", "vae", {"config": {"a": 1}, "step": 3})
-    assert resume_point(tmp_path / "x.pt", "vae", {"a": 2}, False, MADE_BY) is None
-    assert resume_point(tmp_path / "x.pt", "vae", {"a": 1}, True, MADE_BY)["step"] == 3
-
-
-def test_a_changed_config_names_every_field_that_differs(tmp_path):
-    old, new = (
-        plain(Config(vae=VAEConfig(lr=lr, steps=steps), runtime=RuntimeConfig(seed=seed)))
-        for lr, steps, seed in ((1.0, 5, 0), (2.0, 6, 4))
-    )
-    save_checkpoint(tmp_path / "x.pt", "vae", {"config": {**old, "gone": 1}})
-    with pytest.raises(UsageError) as refusal:
-        resume_point(tmp_path / "x.pt", "vae", {**new, "added": 2}, True, MADE_BY)
-    text = str(refusal.value)
-    for difference in (
-        "vae.lr was 1.0, now 2.0",
-        "vae.steps was 5, now 6",
-        "runtime.seed was 0, now 4",
-        "gone was 1",
-        "added was None, now 2",
-    ):
-        assert difference in text
-    assert text.count(" was ") == 6 and "--runtime.resume False" in text  # five fields, and "was written"
-
-
 # ---------------------------------------------------------------- log
 
 
@@ -321,10 +190,10 @@ def test_only_the_first_process_writes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_wandb_online_without_a_key_names_the_variable(tmp_path, monkeypatch):
+def test_wandb_online_without_a_key_names_the_variable_before_anything_starts(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(UsageError, match="WANDB_API_KEY is not set: export the key, or use --runtime.wandb offline"):
-        RunLog(tmp_path, "phase", Config(runtime=RuntimeConfig(wandb="online")))
+        runtime.start(RuntimeConfig(wandb="online"))
 
 
 def test_wandb_offline_stays_in_the_run_folder_and_takes_numbers_only(tmp_path, monkeypatch):
@@ -352,8 +221,51 @@ def test_wandb_offline_stays_in_the_run_folder_and_takes_numbers_only(tmp_path, 
 def test_meter_gives_means_since_the_last_flush():
     meter = Meter()
     meter.add({"loss": 1.0, "kl": "n/a"}, images=4)
-    meter.add({"loss": torch.tensor(4.0), "id": 2.0}, images=4)
+    meter.add({"loss": torch.tensor(4.0, requires_grad=True), "id": 2.0}, images=4)
     first = meter.flush()
-    assert first.pop("images_per_s") > 0 and first == {"loss": 2.5, "id": 2.0}
+    assert first.pop("images_per_s") > 0 and first == {"loss": 2.5, "id": 2.0, "kl": "n/a"}
     meter.add({"loss": 7.0})
     assert meter.flush() == {"loss": 7.0}
+
+
+def test_a_mean_over_images_weighs_a_smaller_batch_less():
+    meter = Meter()
+    for images in ([1.0, 2.0, 3.0], [7.0]):
+        meter.add({"loss": torch.tensor(images).mean()}, weight=len(images))
+    assert meter.flush() == {"loss": 3.25}
+
+
+def test_a_sum_and_its_number_give_the_mean_and_nothing_where_there_is_none():
+    meter = Meter()
+    for total, count in ((3.0, 2.0), (0.0, 0.0), (6.0, 1.0)):
+        meter.add({"bin": (torch.tensor(total), torch.tensor(count)), "empty": (torch.tensor(0.0), torch.tensor(0.0))})
+    assert meter.flush() == {"bin": 3.0}
+
+
+# ---------------------------------------------------------------- steps that may fail
+
+
+def passed(guard, norms):
+    return [guard.passes(step, torch.tensor(norm)) for step, norm in enumerate(norms, start=1)]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_told_once(capsys):
+    guard = StepGuard("vae.lr", limit=3, skipped=5)
+    assert passed(guard, [1.0, math.nan, 2.0, math.inf, math.nan, 0.0]) == [True, False, True, False, False, True]
+    assert guard.skipped == 8
+    said = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.split(":")[0] for line in said] == ["step 2", "step 4", "step 5"]
+
+
+def test_too_many_in_a_row_end_the_run_and_name_the_remedy():
+    guard = StepGuard("vae.lr", limit=3, quiet=True)
+    with pytest.raises(UsageError, match="in the 3 steps up to 5: lower vae.lr, with --runtime.resume-changed True"):
+        passed(guard, [math.nan, 1.0, math.nan, math.nan, math.nan])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_not_written(value):
+    guard = StepGuard("vae.lr", limit=3)
+    guard.check(1, {"weight": torch.ones(3)})
+    with pytest.raises(UsageError, match="the weights are not finite at step 7: lower vae.lr"):
+        guard.check(7, {"fine": torch.ones(3), "weight": torch.tensor([1.0, value])})

@@ -1,0 +1,209 @@
+"""Files that appear whole or not at all, checkpoints that refuse to be misread, runs that know what they continue."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from checks import UsageError
+from config import Config, RuntimeConfig
+from files import (
+    FORMAT,
+    RunIdentity,
+    load_checkpoint,
+    remove_files,
+    resume_point,
+    save_checkpoint,
+    sha256,
+    weights_sha256,
+    write_atomically,
+    write_json,
+)
+from runtime import plain
+
+MADE_BY = "python phase.py"
+
+
+# ---------------------------------------------------------------- files that appear whole
+
+
+def half_then_fail(path):
+    path.write_text("ha")
+    raise OSError("disk full")
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_atomically(tmp_path / "x.txt", lambda path: path.write_text("old"))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "x.txt", half_then_fail)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x.txt": "old"}
+
+
+def test_a_file_is_flushed_before_it_takes_its_place(tmp_path, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (order.append(name), real(*args)))
+    write_atomically(tmp_path / "new" / "x.txt", lambda path: path.write_text("whole"))
+    assert order == ["fsync", "replace"] and (tmp_path / "new" / "x.txt").read_text() == "whole"
+
+
+def test_json_is_strict(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "x.json", {"auroc": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sha256_is_that_of_the_standard(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_reads_back(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", "vae", {"weights": {"w": torch.arange(3.0)}, "step": 7})
+    content = load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)
+    assert (content["format"], content["kind"], content["step"]) == (FORMAT, "vae", 7) and content["weights"][
+        "w"
+    ].tolist() == [0, 1, 2]
+
+
+class Malice:
+    """What a hostile .pt holds: unpickling it runs a command."""
+
+    def __init__(self, witness):
+        self.witness = witness
+
+    def __reduce__(self):
+        return os.mkdir, (self.witness,)
+
+
+def truncated(path):
+    save_checkpoint(path, "vae", {"weights": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+SPOILT = {
+    "missing": (lambda path: None, "is missing: run python phase.py first"),
+    "empty": (lambda path: path.write_bytes(b""), "cannot be read .*run python phase.py again"),
+    "garbage": (lambda path: path.write_bytes(b"not a checkpoint"), "cannot be read .*run python phase.py again"),
+    "truncated": (truncated, "cannot be read .*run python phase.py again"),
+    "wrong kind": (
+        lambda path: save_checkpoint(path, "flowdiff", {}),
+        "is no vae checkpoint: give the file that python phase.py wrote",
+    ),
+    "a bare tensor": (
+        lambda path: torch.save(torch.zeros(3), path),
+        "is no vae checkpoint: give the file that python phase.py wrote",
+    ),
+    "a state dict": (
+        lambda path: torch.save({"weight": torch.zeros(3)}, path),
+        "is no vae checkpoint: give the file that python phase.py wrote",
+    ),
+    "newer format": (
+        lambda path: torch.save({"kind": "vae", "format": FORMAT + 1}, path),
+        f"has format {FORMAT + 1}, this code reads {FORMAT}: use the",
+    ),
+    "no format": (lambda path: torch.save({"kind": "vae"}, path), "run python phase.py again"),
+    "a folder": (lambda path: path.mkdir(), "python phase.py"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_spoilt_checkpoint_is_refused_with_the_remedy(name, tmp_path):
+    spoil, remedy = SPOILT[name]
+    spoil(tmp_path / "x.pt")
+    with pytest.raises(UsageError, match=f"x.pt {remedy}" if remedy[:3] != "run" and name != "a folder" else remedy):
+        load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)
+
+
+def test_code_hidden_in_a_checkpoint_does_not_run(tmp_path):
+    torch.save({"kind": "vae", "format": FORMAT, "weights": Malice(str(tmp_path / "witness"))}, tmp_path / "x.pt")
+    with pytest.raises(UsageError, match="cannot be read"):
+        load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)
+    assert not (tmp_path / "witness").exists()
+    torch.load(tmp_path / "x.pt", weights_only=False)  # it would have
+    assert (tmp_path / "witness").exists()
+
+
+def test_a_config_in_a_checkpoint_is_plain_and_survives(tmp_path):
+    save_checkpoint(tmp_path / "x.pt", "vae", {"config": plain(Config())})
+    stored = load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)["config"]
+    assert stored == json.loads(json.dumps(stored)) == plain(Config())
+
+
+def test_weights_are_known_by_content_not_by_file():
+    one, same, other = (torch.nn.Linear(2, 2) for _ in range(3))
+    same.load_state_dict(one.state_dict())
+    hashes = [weights_sha256(network.state_dict()) for network in (one, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_only_the_files_of_a_run_are_removed(tmp_path):
+    for name in ("val_000500.png", "val_notes.png", "checkpoint_best.pt", "notes.txt"):
+        (tmp_path / name).write_text("")
+    remove_files(tmp_path, ("val_[0-9]*.png", "checkpoint_*.pt"))
+    assert {path.name for path in tmp_path.iterdir()} == {"val_notes.png", "notes.txt"}
+    remove_files(tmp_path / "nowhere", ("*",))
+
+
+# ---------------------------------------------------------------- a run that goes on
+
+
+SETTINGS = {"vae": {"lr": 1.0, "steps": 5}, "runtime": {"seed": 0}, "number of processes": 1, "precision": "float32"}
+INPUTS = {"the training radiographs": "a" * 64}
+ADJUSTABLE = ("vae.lr", "vae.steps")
+
+
+@pytest.fixture
+def resume(tmp_path):
+    """Try to resume a run of 3 steps under other settings or inputs."""
+    stored = RunIdentity(SETTINGS, INPUTS, ADJUSTABLE).plain()
+    save_checkpoint(tmp_path / "x.pt", "vae", {"identity": stored, "step": 3})
+
+    def resume(settings=SETTINGS, inputs=INPUTS, total=5, **options):
+        identity = RunIdentity(settings, inputs, ADJUSTABLE)
+        return resume_point(tmp_path / "x.pt", "vae", identity, RuntimeConfig(**options), MADE_BY, total)
+
+    return resume
+
+
+def test_resuming_is_a_choice_and_needs_a_file(resume, tmp_path):
+    assert resume()["step"] == 3
+    assert resume(settings={"vae": {}}, resume=False) is None
+    (tmp_path / "x.pt").unlink()
+    assert resume() is None
+
+
+def test_another_run_is_refused_by_everything_that_changed(resume):
+    settings = {"vae": {"lr": 2.0, "added": 1}, "runtime": {"seed": 4}, "number of processes": 2, "precision": "bf16"}
+    with pytest.raises(UsageError) as refusal:
+        resume(settings, {"the training radiographs": "b" * 64}, resume_changed=True)
+    said = str(refusal.value).split("(")[1].split(")")[0].split("; ")
+    assert sorted(said) == [
+        "number of processes was 1, now 2",
+        "precision was float32, now bf16",
+        "runtime.seed was 0, now 4",
+        "the training radiographs changed",
+        "vae.added was None, now 1",
+        "vae.lr was 1.0, now 2.0",
+        "vae.steps was 5, now None",
+    ]
+    assert "--runtime.resume False" in str(refusal.value) and "resume-changed" not in str(refusal.value)
+
+
+def test_a_longer_run_at_a_lower_rate_goes_on_if_one_says_so(resume):
+    longer = SETTINGS | {"vae": {"lr": 0.5, "steps": 9}}
+    with pytest.raises(
+        UsageError, match=r"vae.lr was 1.0, now 0.5; vae.steps was 5, now 9.*--runtime.resume-changed True"
+    ):
+        resume(longer, total=9)
+    assert resume(longer, total=9, resume_changed=True)["step"] == 3
+
+
+def test_fewer_steps_than_are_taken_already_are_refused(resume):
+    with pytest.raises(UsageError, match="has taken 3 steps already, and 2 are asked for"):
+        resume(SETTINGS | {"vae": {"lr": 1.0, "steps": 2}}, total=2, resume_changed=True)
