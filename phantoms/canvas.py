@@ -1,20 +1,21 @@
 """Coordinates, the layers of a radiograph, and the brushes that draw into them: polygons, ellipses, textures.
 
 Patient coordinates are x in [-1, 1] (left to right, 0 at the midline) and y in [0, 1] (top to bottom); at the natural
-2:1 shape one unit is the image height, about 150 mm on the detector. Attenuations are in units where soft tissue is
+2:1 shape one unit is the image height, about 130 mm on the detector. Attenuations are in units where soft tissue is
 about 0.4, and structures that overlap add up. Angles are in radians.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw
-from scipy.interpolate import Akima1DInterpolator
-from scipy.ndimage import gaussian_filter, zoom
+from scipy.interpolate import Akima1DInterpolator, make_interp_spline
+from scipy.ndimage import gaussian_filter
 
-DETECTOR_HEIGHT = 150.0  # mm
-MM = 1.25 / DETECTOR_HEIGHT  # one millimetre of anatomy: panoramic magnification over the height of the detector
+DETECTOR_HEIGHT = 130.0  # mm
+MM = 1.3 / DETECTOR_HEIGHT  # one millimetre of anatomy: panoramic magnification over the height of the detector
 SUPERSAMPLING = 3
 
 
@@ -59,34 +60,47 @@ class Canvas:
         """Points (N, 2) in pixels, x first."""
         return (np.asarray(points) - self.centre) @ self.matrix.T + self.offset
 
-    def window(self, points: np.ndarray) -> tuple[slice, slice]:
-        """Rows and columns of the box around the points."""
+    def window(self, points: np.ndarray, margin: float = 0.0) -> tuple[slice, slice]:
+        """Rows and columns of the box around the points, `margin` pixels wider; empty off the image."""
         pixels = self.pixels(points)
-        left, top = np.floor(pixels.min(0)).astype(int)
-        right, bottom = np.ceil(pixels.max(0)).astype(int) + 1
-        return slice(max(top, 0), max(bottom, 0)), slice(max(left, 0), max(right, 0))
+        left, top = np.floor(pixels.min(0) - margin).astype(int)
+        right, bottom = np.ceil(pixels.max(0) + margin).astype(int) + 1
+        rows = slice(max(top, 0), max(min(bottom, self.height), 0))
+        columns = slice(max(left, 0), max(min(right, self.width), 0))
+        return rows, columns
 
     def fill(self, points: np.ndarray, blur: float = 0.0) -> np.ndarray:
         """Coverage (H, W) in [0, 1] of a polygon, edges blurred by `blur` patient units."""
-        return self._paint(points, blur, lambda draw, flat: draw.polygon(flat, fill=255))
+        return self._paint(points, 1.0, blur, lambda draw, flat: draw.polygon(flat, fill=255))
 
     def line(self, points: np.ndarray, thickness: float, blur: float = 0.0) -> np.ndarray:
         """Coverage of a line; one thinner than a subpixel is drawn at that width and weakened."""
         wanted = thickness * self.height * SUPERSAMPLING
         drawn = max(1, round(wanted))
-        cover = self._paint(points, blur, lambda draw, flat: draw.line(flat, fill=255, width=drawn, joint="curve"))
+        reach = drawn / SUPERSAMPLING
+        cover = self._paint(
+            points, reach, blur, lambda draw, flat: draw.line(flat, fill=255, width=drawn, joint="curve")
+        )
         return cover * np.float32(min(1.0, wanted / drawn))
 
-    def _paint(self, points: np.ndarray, blur: float, paint: Callable[[ImageDraw.ImageDraw, list], None]) -> np.ndarray:
-        """Coverage (H, W) of what `paint` draws at three times the resolution."""
-        image = Image.new("L", (self.width * SUPERSAMPLING, self.height * SUPERSAMPLING))
-        flat = [tuple(point) for point in self.pixels(points) * SUPERSAMPLING]
-        paint(ImageDraw.Draw(image), flat)
-        cover = np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float32) / 255
-        if not blur:
-            return cover
+    def _paint(
+        self, points: np.ndarray, reach: float, blur: float, paint: Callable[[ImageDraw.ImageDraw, list], None]
+    ) -> np.ndarray:
+        """Coverage (H, W) of what `paint` draws at three times the resolution, `reach` pixels about the points."""
         sigma = (blur * self.height, blur * self.width / 2)
-        return gaussian_filter(cover, sigma, truncate=3)
+        rows, columns = box = self.window(points, reach + 3 * max(sigma))
+        cover = np.zeros((self.height, self.width), np.float32)
+        size = (columns.stop - columns.start, rows.stop - rows.start)
+        if min(size) <= 0:
+            return cover
+        image = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING))
+        corner = (columns.start, rows.start)
+        flat = [tuple(point) for point in (self.pixels(points) - corner) * SUPERSAMPLING]
+        paint(ImageDraw.Draw(image), flat)
+        cover[box] = np.asarray(image.reduce(SUPERSAMPLING), dtype=np.float32) / 255
+        if blur:
+            cover[box] = gaussian_filter(cover[box], sigma, truncate=3)
+        return cover
 
     def soft(self, distance: np.ndarray) -> np.ndarray:
         """1 inside (distance > 0), 0 outside, over one soft edge."""
@@ -133,12 +147,25 @@ def both_sides(
     return curves
 
 
-def haze(rng: np.random.Generator, canvas: Canvas, scale: float) -> np.ndarray:
-    """Smooth noise (H, W) of unit spread whose blobs measure about `scale`."""
-    coarse = rng.standard_normal((round(1 / scale) + 3, round(2 / scale) + 3))
-    factors = (canvas.height / (coarse.shape[0] - 2), canvas.width / (coarse.shape[1] - 2))
-    fine = zoom(coarse, factors, order=3)
-    return fine[: canvas.height, : canvas.width].astype(np.float32)
+def haze(rng: np.random.Generator, canvas: Canvas, tall: float, wide: float | None = None) -> np.ndarray:
+    """Smooth noise (H, W) of about unit spread whose blobs measure about `tall` x `wide`, round unless told."""
+    knots = rng.standard_normal((round(1 / tall) + 3, round(2 / (wide or tall)) + 3))
+    down = _spline(knots.shape[0], canvas.height)
+    across = _spline(knots.shape[1], canvas.width)
+    return down @ knots.astype(np.float32) @ across.T
+
+
+def bands(rng: np.random.Generator, canvas: Canvas, wide: float) -> np.ndarray:
+    """Smooth noise (W,) of about unit spread, the same in every row: vertical bands about `wide` across."""
+    knots = rng.standard_normal(round(2 / wide) + 3)
+    return _spline(len(knots), canvas.width) @ knots.astype(np.float32)
+
+
+@lru_cache(maxsize=64)
+def _spline(knots: int, pixels: int) -> np.ndarray:
+    """Matrix (pixels, knots) that lays a cubic spline through values at evenly spaced knots, one beyond either end."""
+    places = np.linspace(1, knots - 2, pixels)
+    return make_interp_spline(np.arange(knots), np.eye(knots), k=3)(places).astype(np.float32)
 
 
 def trabeculae(rng: np.random.Generator, canvas: Canvas, tall: float, wide: float) -> np.ndarray:

@@ -13,9 +13,21 @@ def expose(scene: Scene, numbers: dict[str, float], canvas: Canvas) -> np.ndarra
 
 
 def draw_grain(attenuation: np.ndarray, numbers: dict[str, float], rng: np.random.Generator) -> np.ndarray:
-    """The attenuation with quantum noise: the fewer photons pass, the larger the relative error."""
-    grain = gaussian_filter(rng.standard_normal(attenuation.shape), 0.45).astype(np.float32)
-    return attenuation + numbers["noise"] * np.exp(np.minimum(attenuation, 2) / 2) * grain
+    """The attenuation (H, W) with the noise of a slot scanner: grain that neighbouring pixels share, and faint columns.
+
+    The fewer photons pass, the larger the relative error, hence the root of exp(attenuation).
+    """
+    white = rng.standard_normal(attenuation.shape, dtype=np.float32)
+    coarse = rng.standard_normal(attenuation.shape, dtype=np.float32)
+    columns = rng.standard_normal((1, attenuation.shape[1]), dtype=np.float32)
+    grain = 0.85 * _correlated(white, 0.6) + 0.5 * _correlated(coarse, 1.4) + 0.15 * columns
+    strength = numbers["noise"] * np.exp(np.minimum(attenuation, 2) / 2)
+    return attenuation + strength * grain
+
+
+def _correlated(white: np.ndarray, sigma: float) -> np.ndarray:
+    """White noise smoothed over `sigma` pixels, at unit spread again."""
+    return gaussian_filter(white, sigma, truncate=3) * np.float32(2 * np.sqrt(np.pi) * sigma)
 
 
 def develop(attenuation: np.ndarray, numbers: dict[str, float]) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from phantoms.canvas import MM, Canvas, Scene
-from phantoms.patient import Patient, Tooth
+from phantoms.patient import JAW, Patient, Tooth
 from phantoms.teeth import draw_tooth, outline, tooth_window
 
 
@@ -51,7 +51,7 @@ def draw_periapical(case: Case, rng: np.random.Generator) -> Scene:
     radii = (radius, radius * rng.uniform(0.85, 1.2))
     turn = rng.uniform(0, 3)
     patch = case.canvas.blob(centre, radii, turn, 0.022, rng.normal(0, 0.05, 3))
-    scene.bone -= patch * (rng.uniform(0.55, 0.8) * scene.bone.clip(0) + rng.uniform(0.09, 0.14))
+    scene.bone -= patch * (rng.uniform(0.55, 0.8) * scene.bone.clip(0) + rng.uniform(0.12, 0.18))
     return scene
 
 
@@ -61,13 +61,13 @@ def draw_cyst(case: Case, rng: np.random.Generator) -> Scene:
     side = rng.choice([-1, 1])
     radii = rng.uniform((0.075, 0.062), (0.115, 0.085))
     along = rng.uniform(0.15, 0.68) * case.patient.numbers["size"]
-    border = np.interp(along, (0, 0.3, 0.45, 0.58, 0.7, 0.8), (0.90, 0.86, 0.805, 0.74, 0.66, 0.57))
+    border = np.interp(along, *np.array(JAW[:8]).T) - 0.02
     centre = np.array([side * along, border - radii[1] - 0.015])
     angle = -side * np.interp(along, (0, 0.7), (0.1, 0.75))
     lobes = rng.normal(0, 0.025, 3)
     hole = case.canvas.blob(centre, tuple(radii), angle, 0.006, lobes)
     rim = case.canvas.blob(centre, tuple(radii + 0.009), angle, 0.006, lobes) - hole
-    scene.bone -= hole * (rng.uniform(0.7, 0.9) * scene.bone.clip(0) + 0.10) - rng.uniform(0.10, 0.18) * rim
+    scene.bone -= hole * (rng.uniform(0.7, 0.9) * scene.bone.clip(0) + 0.15) - rng.uniform(0.10, 0.18) * rim
     scene.teeth *= 1 - 0.35 * hole
     return scene
 
@@ -134,7 +134,7 @@ def draw_bone_loss(case: Case, rng: np.random.Generator) -> Scene:
     edge = np.stack([x, patient.crest(x, tooth.upper, -0.012)], 1)
     bottom = np.stack([x, patient.crest(x, tooth.upper, profile.clip(-0.01))], 1)
     region = case.canvas.fill(np.concatenate([edge, bottom[::-1]]), 0.003)
-    scene.bone -= region * (rng.uniform(0.8, 0.95) * scene.bone.clip(0) + 0.09)
+    scene.bone -= region * (rng.uniform(0.8, 0.95) * scene.bone.clip(0) + 0.12)
     return scene
 
 

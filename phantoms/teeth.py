@@ -31,7 +31,7 @@ def outline(tooth: Tooth, depth: np.ndarray, side: np.ndarray) -> tuple[np.ndarr
         along = np.clip((depth - 0.95 * neck) / long, 0, 1.0)
         centre = half_width * apex * (0.72 + 0.5 * along) + tooth.bend * along**2
         offset = np.abs(side - centre)
-        taper = half_width * width * np.sqrt(np.clip(1.0 - along**2.2, 0, 1)) * (1 - 0.22 * along)
+        taper = half_width * width * np.sqrt(np.clip(1.0 - along**2.2, 0, 1)) * (1 - 0.36 * along)
         whole = np.maximum(whole, _band(offset, taper, depth, 0.95 * neck, 0.95 * neck + long))
         bore = 0.3 * half_width * width * (1.05 - along) + 0.0006
         canals = np.maximum(canals, _band(offset, bore, depth, 0.9 * neck, 0.93 * length * tooth.root + neck))
@@ -42,7 +42,8 @@ def crown_outline(tooth: Tooth, depth: np.ndarray, side: np.ndarray) -> np.ndarr
     """Signed distance to the outline of the crown, cusps included."""
     half_width = tooth.half_width
     neck = tooth.crown
-    half = half_width * np.interp(depth / neck, (0, 0.2, 0.45, 0.75, 1.0), CROWN_SHAPE[min(tooth.position, 6)])
+    shape = np.array(CROWN_SHAPE[min(tooth.position, 6)]) * (1, 1, 1, 1, tooth.neck)
+    half = half_width * np.interp(depth / neck, (0, 0.2, 0.45, 0.75, 1.0), shape)
     if tooth.position <= 3:
         cusps = 0.0
     elif tooth.position <= 5:
@@ -78,17 +79,20 @@ def draw_tooth(scene: Scene, canvas: Canvas, patient: Patient, tooth: Tooth) -> 
     near = canvas.soft(whole + 0.006)
     ligament = near - cover
     lamina = canvas.soft(whole + 0.013) - near
-    scene.bone[box] *= 1 - 0.65 * cover - in_bone * (0.40 * ligament - 0.22 * lamina)
+    scene.bone[box] *= 1 - 0.55 * cover - in_bone * (0.40 * ligament - 0.22 * lamina)
 
     thickness = np.sqrt(np.clip(np.maximum(whole, 0) / (0.55 * tooth.half_width), 0.12, 1))
-    fading = 1 - 0.16 * in_bone * np.clip(depth / (tooth.crown + tooth.root), 0, 1)
-    dentine = cover * (0.17 + 0.22 * thickness) * fading
+    fading = 1 - 0.20 * in_bone * np.clip((depth - tooth.crown) / tooth.root, 0, 1)
+    dentine = cover * (0.12 + 0.18 * thickness) * fading
     crown_cover = canvas.soft(crown)
     enamel_depth = 0.0135 * np.clip(1.12 - depth / tooth.crown, 0, 1) * (1.15 if tooth.position > 5 else 1.0)
     above_neck = np.clip((tooth.crown - depth) / (0.12 * tooth.crown), 0, 1)
     enamel = crown_cover * (1 - canvas.soft(crown - enamel_depth)) * above_neck
-    pulp = 0.10 * n["pulp"] * canvas.soft(canals)
-    scene.teeth[box] += dentine + n["enamel"] * (0.13 * enamel + 0.10 * crown_cover) - pulp
+    pulp = 0.11 * n["pulp"] * fading**2 * canvas.soft(canals)
+    tissue = dentine + n["enamel"] * (0.15 * enamel + 0.10 * crown_cover) - pulp
+    # Where neighbours overlap only a part of each lies in focus, so they do not quite add up.
+    others = scene.teeth[box]
+    scene.teeth[box] = np.maximum(others, tissue) + 0.35 * np.minimum(others, tissue)
     scene.metal[box] += _restorations(canvas, tooth, depth, side, crown, canals)
 
 
