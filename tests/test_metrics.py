@@ -127,7 +127,7 @@ def test_threshold_from_normals_is_the_smallest_that_keeps_the_rate(rng, n, fpr)
 
 def test_false_positive_interval_is_where_the_binomial_says_it_is():
     low, high = metrics.false_positive_interval(40, 0.05, confidence=0.9)
-    # The threshold's true rate lies below p exactly if at least k + 1 = 3 of the 40 normals exceed the (1 - p) quantile.
+    # The true rate lies below p exactly if at least k + 1 = 3 of the 40 normals exceed the (1 - p) quantile.
     assert scipy.stats.binom.sf(2, 40, low) == pytest.approx(0.05)
     assert scipy.stats.binom.sf(2, 40, high) == pytest.approx(0.95)
 

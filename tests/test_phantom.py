@@ -8,7 +8,13 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
+<<<<<<< HEAD
 from checks import UsageError
+=======
+from checks import UsageError
+from phantoms.detector import draw_grain
+from phantoms.patient import sample_patient
+>>>>>>> 84c262e2c34c1a35644ede2eeb5563a2d56aa9af
 from phantoms.phantom import LESIONS, draw_phantom, write_dataset, write_dicom
 
 SIZE = {"height": 128, "width": 256}
@@ -81,6 +87,75 @@ def test_implants_are_bright_and_cysts_dark():
     for lesion, sign in (("implant", 1), ("cyst", -1)):
         sick, healthy = draw_phantom(0, 0, lesion, **SIZE), draw_phantom(0, 0, **SIZE)
         assert sign * (sick.image - healthy.image)[sick.mask].mean() > 0.05
+
+
+@pytest.mark.parametrize("lesion", LESIONS)
+def test_every_lesion_can_be_seen(lesion):
+    for patient in range(12):
+        sick, healthy = draw_phantom(3, patient, lesion, **SIZE), draw_phantom(3, patient, None, **SIZE)
+        contrast = np.abs(sick.image - healthy.image)[sick.mask].mean()
+        assert contrast > 0.05  # a dozen grey levels of 256, several times the noise
+
+
+def correlation(picture, rows, columns):
+    """Of a picture with itself, shifted."""
+    height, width = picture.shape
+    ahead = picture[rows:, columns:]
+    behind = picture[: height - rows, : width - columns]
+    return np.corrcoef(ahead.ravel(), behind.ravel())[0, 1]
+
+
+def flat_noise(attenuation):
+    """The noise over an even attenuation."""
+    flat = np.full((400, 400), attenuation, np.float32)
+    return draw_grain(flat, {"noise": 0.01}, np.random.default_rng(0)) - flat
+
+
+def test_neighbouring_pixels_share_their_grain_and_distant_ones_only_a_column():
+    grain = flat_noise(0.5)
+    assert correlation(grain, 1, 0) > 0.3 and correlation(grain, 0, 1) > 0.3
+    assert abs(correlation(grain, 0, 9)) < 0.02
+    assert grain.mean(0).std() > 1.2 * grain.mean(1).std()
+
+
+def test_grain_grows_as_the_root_of_the_lost_photons():
+    np.testing.assert_allclose(flat_noise(1.2).std() / flat_noise(0.2).std(), np.exp(0.5), rtol=1e-3)
+
+
+def test_a_row_of_teeth_is_no_comb():
+    for seed in range(12):
+        teeth = sample_patient(np.random.default_rng(seed)).teeth
+        rows = [
+            [t for t in teeth if t.upper is upper and t.x * side > 0] for upper in (True, False) for side in (-1, 1)
+        ]
+        turns = np.concatenate([np.diff([t.angle for t in row]) for row in rows])
+        lengths = np.concatenate([np.diff([t.crown + t.root for t in row]) for row in rows])
+        assert np.abs(turns).mean() > 0.04 and np.abs(lengths).mean() > 0.01
+
+
+def test_teeth_lean_into_a_gap():
+    leans = {True: [], False: []}
+    for seed in range(150):
+        patient = sample_patient(np.random.default_rng(seed))
+        lost = {(t.upper, t.x > 0, t.position) for t in patient.missing}
+        for tooth in patient.teeth:
+            if 4 <= tooth.position <= 7:
+                beside = (tooth.upper, tooth.x > 0, tooth.position - 1) in lost
+                leans[beside].append(tooth.angle * np.sign(tooth.x))
+    assert np.mean(leans[True]) > np.mean(leans[False]) + 0.05
+
+
+def test_the_spine_veils_the_middle_below_the_teeth():
+    mean = np.mean([draw_phantom(0, patient, None, **SIZE).image for patient in range(16)], axis=0)
+    below = mean[100:115]
+    beside = np.concatenate([below[:, 78:90], below[:, 166:178]], axis=1)
+    assert below[:, 120:136].mean() > beside.mean() + 0.03
+
+
+def test_below_the_jaw_it_is_dark_and_the_skull_base_is_bright():
+    mean = np.mean([draw_phantom(0, patient, None, **SIZE).image for patient in range(16)], axis=0)
+    sides = np.concatenate([mean[:, :24], mean[:, -24:]], axis=1)
+    assert sides[-12:].mean() < 0.7 * mean.mean() < mean.mean() < sides[:12].mean()
 
 
 def test_an_unknown_lesion_is_refused_by_name():
