@@ -25,29 +25,12 @@ from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from checks import UsageError
-from phantoms.anatomy import (
-    MM,
-    Canvas,
-    Patient,
-    Scene,
-    Tooth,
-    apex,
-    draw_anatomy,
-    draw_tooth,
-    outline,
-    sample_patient,
-    tooth_window,
-)
-=======
 from checks import UsageError
 from phantoms.anatomy import draw_anatomy
 from phantoms.canvas import DETECTOR_HEIGHT, Canvas
 from phantoms.detector import develop, draw_grain, expose
 from phantoms.lesions import DRAW, LESIONS, Case
 from phantoms.patient import sample_patient
->>>>>>> 84c262e2c34c1a35644ede2eeb5563a2d56aa9af
 
 MASK_THRESHOLD = 0.02
 # DICOM attributes of type 2: they must be there, and may be empty.

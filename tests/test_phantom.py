@@ -8,13 +8,9 @@ import pytest
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-<<<<<<< HEAD
-from checks import UsageError
-=======
 from checks import UsageError
 from phantoms.detector import draw_grain
 from phantoms.patient import sample_patient
->>>>>>> 84c262e2c34c1a35644ede2eeb5563a2d56aa9af
 from phantoms.phantom import LESIONS, draw_phantom, write_dataset, write_dicom
 
 SIZE = {"height": 128, "width": 256}
