@@ -16,7 +16,7 @@ teeth and fillings.
 """
 
 from collections.abc import Callable
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,7 +93,7 @@ def main() -> None:
 
     identity = run_identity(config, train, validation, vae_sha256, accelerator)
     last = resume_point(out / "checkpoint_last.pt", "flowdiff-training", identity, options, MADE_BY, total=total_steps)
-    step, best, best_step, skipped = 0, float("inf"), 0, 0
+    step, best, best_step, skipped = 0, inf, 0, 0
     if last:
         network.load_state_dict(last["weights"])
         ema.load_state_dict(last["ema"])
@@ -113,13 +113,13 @@ def main() -> None:
             return vae.decode(train.standard.raw(z)).float()
 
     log = RunLog(out, "phase3", config, from_step=step, enabled=main_process)
-    meter = Meter()
     guard = StepGuard("flowdiff.lr", options.max_skipped_steps, skipped, quiet=not main_process)
     handed_on = hand_on(config, vae_checkpoint, description, vae_sha256)
     if main_process:
         write_json(out / "config.json", plain(config))
 
     progress = tqdm(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)
+    meter = Meter()
     model.train()
     for z in progress:
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total_steps))

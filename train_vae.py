@@ -11,6 +11,7 @@ Look for: PSNR above 30 dB, SSIM towards 0.95, residuals that show noise and no 
 """
 
 from collections.abc import Iterable
+from math import inf, nan
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ def main() -> None:
     identity = run_identity(config, datasets, vae, accelerator)
     options, total = config.runtime, settings.steps
     last = resume_point(out / "checkpoint_last.pt", "vae-training", identity, options, MADE_BY, total)
-    step, best, skipped = 0, float("inf"), 0
+    step, best, skipped = 0, inf, 0
     if last:
         vae.load_state_dict(last["weights"])
         optimizer.load_state_dict(last["optimizer"])
@@ -88,7 +89,6 @@ def main() -> None:
     loader = step_loader(train, settings.batch_size, (step, total), config, accelerator)
 
     log = RunLog(out, "phase1", config, from_step=step, enabled=main_process)
-    meter = Meter()
     guard = StepGuard("vae.lr", options.max_skipped_steps, skipped, quiet=not main_process)
     handed_on = hand_on(config, vae, datasets)
 
@@ -108,6 +108,7 @@ def main() -> None:
             best = validated(best)
 
     progress = tqdm(loader, desc="phase 1", initial=step, total=total, disable=not main_process)
+    meter = Meter()
     model.train()
     for batch in progress:
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total))
@@ -127,7 +128,7 @@ def main() -> None:
         ends = step == total
         if step % settings.log_every == 0 or ends:
             means = meter.flush() | {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
-            progress.set_postfix(loss=f"{means.get('loss', float('nan')):.4f}")
+            progress.set_postfix(loss=f"{means.get('loss', nan):.4f}")
             log.write(step, {f"train/{name}": value for name, value in means.items()})
         if not main_process:
             continue  # and wait at the next gradient while the first validates
