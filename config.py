@@ -224,7 +224,7 @@ class InferenceConfig:
     # share of the pixels of normals above the map's threshold. A map that finds a lesion of area share a perfectly has
     # a Dice of 2 a / (2 a + pixel_fpr): for a caries (a = 0.0007) 0.58 at 0.001, and 0.03 at 0.05
     pixel_fpr: float = 0.001
-    examine_training_patients: bool = False  # True examines radiographs that trained the networks: their scores flatter
+    examine_training_patients: bool = False  # True examines also who trained or validated: their scores flatter
     batch_size: int = 8  # images at once
     figures: int = -1  # result_XXX.png for this many images, spread evenly over the kinds; -1 draws all, 0 none
     save_maps: bool = True  # anomaly maps as .npy at the size of the original image

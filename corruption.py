@@ -20,9 +20,9 @@ def corrupt(
     corrupted = image.copy()
     changed = np.zeros(image.shape, bool)
     wanted = int(random.integers(1, settings.most_corruptions + 1))
-    tries = 0
-    while wanted > 0 and (tries < 3 * wanted or not changed.any()):  # a shape that changes nothing is drawn again
-        tries += 1
+    tries = 3 * wanted
+    while wanted > 0 and (tries > 0 or not changed.any()):  # a shape that changes nothing is drawn again
+        tries -= 1
         box, opacity, radius = _draw_shape(image.shape, random, settings)
         content = CONTENTS[random.integers(len(CONTENTS))](corrupted[box], donor, opacity, radius, random)
         mixed = np.clip(corrupted[box] + opacity * (content - corrupted[box]), -1, 1)

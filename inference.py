@@ -133,11 +133,11 @@ def records_to_examine(model: Normalizer, config: Config) -> list[Record]:
             "manifest.csv"
         )
     print(f"to examine: {len(records)} radiographs of {describe_patients(records)}")
-    trained = [record for record in records if model.trained_on(patient_of(record, config), "")]
-    if trained and not config.inference.examine_training_patients:
+    known = [record for record in records if model.knows(patient_of(record, config), "")]
+    if known and not config.inference.examine_training_patients:
         raise UsageError(
-            f"{len(trained)} of {len(records)} radiographs are of patients who trained the networks: their scores "
-            "would flatter: leave them out, or say --inference.examine-training-patients True"
+            f"{len(known)} of {len(records)} radiographs are of patients who trained or validated the networks, so that "
+            "their scores would flatter: leave them out, or say --inference.examine-training-patients True"
         )
     return records
 
@@ -149,11 +149,11 @@ def patient_of(record: Record, config: Config) -> str | None:
 
 
 def refuse_known_content(model: Normalizer, sample: Sample, index: int, config: Config) -> None:
-    """UsageError if this very picture trained the networks, whatever its name."""
-    if not config.inference.examine_training_patients and model.trained_on(None, sample.digest):
+    """UsageError if this very picture trained or validated the networks, whatever its name."""
+    if not config.inference.examine_training_patients and model.knows(None, sample.digest):
         raise UsageError(
-            f"radiograph {index:03d} of those to examine (counted from 0) trained the networks, perhaps under another "
-            "name: leave it out, or say --inference.examine-training-patients True"
+            f"radiograph {index:03d} of those to examine (counted from 0) trained or validated the networks, perhaps "
+            "under another name: leave it out, or say --inference.examine-training-patients True"
         )
 
 

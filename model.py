@@ -135,8 +135,11 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Mean structural similarity (Wang et al. 2004) of images in [-1, 1]."""
-    return structural_similarity_index_measure(y, x, data_range=2.0)
+    """Mean structural similarity (Wang et al. 2004) of images in [-1, 1].
+
+    Its comparison of means is for intensities from 0 on: near the zero of a signed scale it would turn negative.
+    """
+    return structural_similarity_index_measure(y + 1, x + 1, data_range=2.0)
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:

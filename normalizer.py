@@ -107,6 +107,10 @@ class Normalizer:
         """Whether this patient, or this very picture, trained one of the two networks."""
         return any(members.trained(patient, digest) for members in self.members)
 
+    def knows(self, patient: str | None, digest: str) -> bool:
+        """Whether this patient, or this very picture, trained or validated one of them."""
+        return any(members.knows(patient, digest) for members in self.members)
+
     def read(self, path: str | Path) -> Tensor:
         """One file as the networks know radiographs, (1, 1, H, W) in [-1, 1]; ImageReadError if it is none."""
         how = DataConfig(**self.artefact["preprocessing"])

@@ -40,8 +40,14 @@ class Membership:
 
     def trained(self, patient: str | None, digest: str) -> bool:
         """Whether this radiograph, or another of this patient, trained; None compares the content alone."""
-        names = [] if patient is None else [patient]
-        return not self.train.isdisjoint(_hashes(self.salt, names, [digest]))
+        return not self.train.isdisjoint(self._hashes_of(patient, digest))
+
+    def knows(self, patient: str | None, digest: str) -> bool:
+        """Whether this radiograph, or another of this patient, trained or validated."""
+        return not (self.train | self.val).isdisjoint(self._hashes_of(patient, digest))
+
+    def _hashes_of(self, patient: str | None, digest: str) -> list[str]:
+        return _hashes(self.salt, [] if patient is None else [patient], [digest])
 
 
 def _hashes(salt: str, patients: Iterable[str], digests: Iterable[str]) -> list[str]:

@@ -1,7 +1,10 @@
 """Corruptions: where they say they are, within range, drawn by the generator alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import scipy.ndimage as ndi
 
 from config import CalibrationConfig
 from corruption import CONTENTS, SHAPES, corrupt
@@ -31,6 +34,16 @@ def test_a_corrupted_radiograph_stays_a_radiograph(seed):
     corrupted, changed = drawn(seed)
     assert corrupted.dtype == np.float32 and changed.dtype == bool and corrupted.shape == changed.shape == (64, 128)
     assert -1 <= corrupted.min() and corrupted.max() <= 1
+
+
+def test_as_many_shapes_as_wanted_are_drawn():
+    """Four at most, and now and then all four: as many separate changes as shapes, where none overlap."""
+    small = dataclasses.replace(SETTINGS, smallest_corruption=0.02, largest_corruption=0.03)
+    counts = []
+    for seed in range(60):
+        _, changed = corrupt(radiograph(), radiograph(1), np.random.default_rng(seed), small)
+        counts.append(ndi.label(ndi.binary_dilation(changed, iterations=2))[1])
+    assert max(counts) >= 4
 
 
 def test_the_generator_decides_everything():

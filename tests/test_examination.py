@@ -38,7 +38,11 @@ def config_of(root, test="", **inference):
 
 def model_that_trained_on(*patients, contents=()):
     """Knows who trained, as the flow checkpoint says, and nothing else."""
-    return SimpleNamespace(trained_on=lambda patient, digest: patient in patients or digest in contents)
+
+    def knows(patient, digest):
+        return patient in patients or digest in contents
+
+    return SimpleNamespace(trained_on=knows, knows=knows)
 
 
 @pytest.fixture
@@ -62,7 +66,7 @@ def test_the_test_split_is_examined_where_no_folder_is_named(study):
 def test_a_patient_who_trained_is_not_examined_unless_told(study, tmp_path):
     model, config = model_that_trained_on("P5"), config_of(study)
     with pytest.raises(
-        UsageError, match="1 of 1 radiographs are of patients who trained .*examine-training-patients True"
+        UsageError, match="1 of 1 radiographs are of patients who trained or validated .*examine-training-patients True"
     ):
         records_to_examine(model, config)
     assert len(records_to_examine(model, config_of(study, examine_training_patients=True))) == 1
@@ -85,7 +89,7 @@ def test_a_patient_named_by_another_manifest_is_recognised(study, tmp_path):
 def test_a_picture_that_trained_is_recognised_whatever_its_name(study):
     sample = SimpleNamespace(digest="seen before")
     model = model_that_trained_on(contents={"seen before"})
-    with pytest.raises(UsageError, match="radiograph 007 .* trained the networks"):
+    with pytest.raises(UsageError, match="radiograph 007 .* trained or validated the networks"):
         refuse_known_content(model, sample, 7, config_of(study))
     refuse_known_content(model, sample, 7, config_of(study, examine_training_patients=True))
 

@@ -70,11 +70,18 @@ def test_ssim_is_that_of_scikit_image(noise):
     """
     x = torch.nn.functional.interpolate(torch.rand(1, 1, 12, 16) * 2 - 1, (96, 128), mode="bicubic").clamp(-1, 1)
     y = (x + noise * torch.randn_like(x)).clamp(-1, 1)
-    mirrored = (np.pad(image[0, 0].double().numpy(), 5, mode="reflect") for image in (x, y))
+    mirrored = (np.pad(image[0, 0].double().numpy() + 1, 5, mode="reflect") for image in (x, y))
     expected = structural_similarity(
         *mirrored, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=2
     )
     assert float(ssim(x, y)) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_slightly_brighter_copy_is_similar_at_every_grey_level():
+    """At mid-grey too, where a signed scale has its zero and would call it opposite."""
+    grain = 0.001 * torch.randn(1, 1, 64, 64)
+    for grey in (-0.9, 0.0, 0.5):
+        assert float(ssim(grain + grey - 0.01, grain + grey + 0.01)) > 0.95
 
 
 def test_a_perfect_copy_costs_only_its_kl():
