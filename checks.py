@@ -13,12 +13,20 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def is_finite(value: float) -> bool:
+    """Whether a float can hold the number: a whole number of four hundred digits is none."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def require_ranges(phase: str, config: object, names: tuple[str, ...], low: float, high: float = math.inf) -> None:
     """Each named setting of a phase is finite and in [low, high]."""
     upper = "" if high == math.inf else f" and at most {high:g}"
     for name in names:
         value = getattr(config, name)
-        inside = math.isfinite(value) and low <= value <= high
+        inside = is_finite(value) and low <= value <= high
         require(inside, f"{phase}.{name} must be at least {low:g}{upper}, got {value}")
 
 
@@ -26,7 +34,7 @@ def require_positive(phase: str, config: object, names: tuple[str, ...]) -> None
     """Each named setting of a phase is finite and above 0."""
     for name in names:
         value = getattr(config, name)
-        require(math.isfinite(value) and value > 0, f"{phase}.{name} must be above 0, got {value}")
+        require(is_finite(value) and value > 0, f"{phase}.{name} must be a finite number above 0, got {value}")
 
 
 def require_between(phase: str, config: object, names: tuple[str, ...]) -> None:

@@ -159,6 +159,8 @@ def _why_refused(words: list[str], parsed: Callable[[list[str]], Config]) -> str
         flag, *values = words[start].split("=", 1) + words[start + 1 : end]
         try:
             _quietly(parsed, words[start:end])
+        except UsageError:  # a value that another flag would make right
+            continue
         except SystemExit:
             given = " ".join(values) or "nothing"
             return f"{flag} takes {_fields()[field_of(flag)]}, got {given}"

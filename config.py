@@ -13,6 +13,7 @@ from typing import Literal
 
 from checks import require, require_between, require_positive, require_ranges
 
+LARGEST_SIDE = 8192  # pixels of the model's input; beyond any detector and any memory
 VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
 PREPROCESSING = ("height", "width", "fit", "percentile_low", "percentile_high")  # of DataConfig: how a file becomes x
 SPLIT = ("patient_from", "val_share", "test_share", "split_seed")  # of DataConfig: who trains, validates and tests
@@ -51,14 +52,16 @@ class DataConfig:
     noise_std: float = 0.01  # augmentation: Gaussian noise up to this standard deviation, in units of [-1, 1]
 
     def __post_init__(self):
-        size = f"{self.height} x {self.width}"
-        require(min(self.height, self.width) > 0, f"data.height and data.width must be positive, got {size}")
+        require(self.root != "", "data.root is empty: give a folder of radiographs or a manifest.csv")
+        require_ranges("data", self, ("height", "width"), 1, LARGEST_SIDE)
         ordered = 0 <= self.percentile_low < self.percentile_high <= 100
         require(ordered, "data.percentile_low must lie below data.percentile_high, both in [0, 100]")
         require_ranges("data", self, ("val_share", "test_share"), 0, 0.9)
         require_ranges("data", self, ("max_bad_share",), 0, 1)
         require_ranges("data", self, ("split_seed",), 0, 2**31 - 1)
-        require_ranges("data", self, ("cache_gb", "num_workers", "rotate_degrees", "brightness", "noise_std"), 0)
+        require_ranges("data", self, ("cache_gb", "num_workers"), 0)
+        require_ranges("data", self, ("rotate_degrees",), 0, 180)
+        require_ranges("data", self, ("brightness", "noise_std"), 0, 2)
         require_ranges("data", self, ("shift_share", "scale_share", "contrast", "gamma"), 0, 0.9)
 
     @property
@@ -104,6 +107,8 @@ class VAEConfig:
         require_positive("vae", self, ("lr", "grad_clip"))
         counts = ("batch_size", "steps", "validate_every", "log_every", "scratch_latent_channels")
         require_ranges("vae", self, counts, 1)
+        widths = len(self.scratch_channels) > 0 and min(self.scratch_channels) > 0
+        require(widths, f"vae.scratch_channels needs one or more numbers above 0, got {self.scratch_channels}")
         require(
             self.pretrained != "", 'vae.pretrained is empty: give a hub name, a local diffusers folder, or "scratch"'
         )

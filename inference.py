@@ -136,8 +136,8 @@ def records_to_examine(model: Normalizer, config: Config) -> list[Record]:
     known = [record for record in records if model.knows(patient_of(record, config), "")]
     if known and not config.inference.examine_training_patients:
         raise UsageError(
-            f"{len(known)} of {len(records)} radiographs are of patients who trained or validated the networks, and their "
-            "scores would flatter: leave them out, or say --inference.examine-training-patients True"
+            f"{len(known)} of {len(records)} radiographs are of patients who trained or validated the networks: their "
+            "scores would flatter, so leave them out, or say --inference.examine-training-patients True"
         )
     return records
 

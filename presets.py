@@ -57,6 +57,8 @@ PRESETS = {"default": "./outputs", "cpu": "./outputs/cpu", "demo": "./outputs/de
 
 def preset(name: str, outputs: str | None = None) -> Config:
     """A preset by name, its paths below `outputs` or below a folder of its own; UsageError for an unknown name."""
+    if outputs == "":
+        raise UsageError("--outputs is empty: give a folder")
     if name not in PRESETS:
         raise UsageError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     columns = {"default": None, "cpu": 1, "demo": 2}

@@ -11,7 +11,7 @@ Look for: PSNR above 30 dB, SSIM towards 0.95, residuals that show noise and no 
 """
 
 from collections.abc import Iterable
-from math import inf, nan
+from math import inf, isfinite, nan
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checks import UsageError
 from command_line import CommandLine, parse_command
 from config import VAE_DOWNSAMPLING, Config
 from dataset import RadiographDataset, open_datasets
@@ -96,7 +97,9 @@ def main() -> None:
         """Score the weights of this step, keep them if they are the best so far; returns the lowest loss."""
         scores = validate(vae, validation, config, device, step)
         log.write(step, {f"val/{name}": value for name, value in scores.items()})
-        if not scores["loss"] < best:
+        if not isfinite(scores["loss"]):
+            raise UsageError(f"the validation loss is not finite at step {step}: lower vae.lr or the losses' weights")
+        if scores["loss"] >= best:
             return best
         kept = {"weights": vae.state_dict(), "scores": without_notes(scores), "step": step}
         save_checkpoint(out / "checkpoint_best.pt", "vae", handed_on | kept)

@@ -31,6 +31,8 @@ def test_the_command_line_beats_the_preset_and_nothing_else_changes():
     [
         ("--preset gpu", "unknown preset 'gpu': choose one of default, cpu, demo"),
         ("--preset", "--preset: expected one argument"),
+        ("--outputs=", "--outputs is empty: give a folder"),
+        ("--flowdiff.total-steps 9 --vae.steps abc", "--vae.steps takes a whole number, got abc"),
         ("--inference.noise-level 2", "inference.noise_level must lie in (0, 1), got 2.0"),
         ("--data.hieght 64", "unknown flag --data.hieght: did you mean --data.height?"),
         ("--preset-demo", "unknown flag --preset-demo: did you mean --preset?"),

@@ -107,6 +107,12 @@ def test_importing_config_loads_no_torch():
 BAD = [
     (c.DataConfig, "data.height", {"height": 0}),
     (c.DataConfig, "data.width", {"width": -8}),
+    (c.DataConfig, "data.height", {"height": 10**30}),
+    (c.DataConfig, "data.height", {"height": 10**400}),
+    (c.DataConfig, "data.brightness", {"brightness": 1e308}),
+    (c.DataConfig, "data.root", {"root": ""}),
+    (c.VAEConfig, "vae.scratch_channels", {"scratch_channels": (0, 8)}),
+    (c.VAEConfig, "vae.scratch_channels", {"scratch_channels": ()}),
     (c.DataConfig, "data.percentile_low", {"percentile_low": 60.0, "percentile_high": 40.0}),
     (c.DataConfig, "data.val_share", {"val_share": 1.0}),
     (c.DataConfig, "data.test_share", {"test_share": -0.1}),
