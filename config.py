@@ -126,7 +126,7 @@ class LatentConfig:
 
     def __post_init__(self):
         require_ranges("latent", self, ("batch_size",), 1)
-        require_ranges("latent", self, ("augmented_copies",), 0)
+        require_ranges("latent", self, ("augmented_copies",), 0, 1000)
         require_positive("latent", self, ("outlier_std",))
 
 
@@ -279,9 +279,11 @@ class CalibrationConfig:
         inside = len(self.blurs) > 0 and all(0 <= blur < 1 for blur in self.blurs)
         require(inside, f"calibration.blurs needs shares of the height in [0, 1), got {self.blurs}")
         require_ranges("calibration", self, ("alignment", "smallest_spread"), 0, 1)
-        require_positive("calibration", self, ("largest_deviation", "regularization", "least_change"))
-        counts = ("corrupted", "pixels_inside", "pixels_outside", "pixels_normal", "most_corruptions")
-        require_ranges("calibration", self, counts, 1)
+        require_positive("calibration", self, ("regularization",))
+        require_ranges("calibration", self, ("largest_deviation",), 0.1, 1e4)
+        require_ranges("calibration", self, ("least_change",), 0.001, 0.5)  # more, and few corruptions would reach it
+        require_ranges("calibration", self, ("corrupted", "pixels_inside", "pixels_outside", "pixels_normal"), 1, 10**6)
+        require_ranges("calibration", self, ("most_corruptions",), 1, 100)
         ordered = 0 < self.smallest_corruption <= self.largest_corruption < 1
         require(ordered, "calibration.smallest_corruption must not lie above largest_corruption, both in (0, 1)")
 
