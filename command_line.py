@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from checks import UsageError
-from config import PREPROCESSING, SPLIT, Config
+from config import PREPROCESSING, SPLIT, Config, UNetConfig, rebuild_phase
 from presets import PRESETS, preset
 
 FIRST_FLAGS = ("--preset", "--outputs")
@@ -23,6 +23,18 @@ ONLY_THIS_TIME = (
     "runtime.resume",
     "runtime.resume_changed",
 )  # not for the next phase: it would remove or change that one's
+
+
+BEST = "checkpoint_best.pt"
+HAND_OFFS = {  # where a phase was told to write -> what later phases read there
+    "vae.output": (
+        ("latent.vae_checkpoint", BEST),
+        ("flowdiff.vae_checkpoint", BEST),
+        ("inference.vae_checkpoint", BEST),
+    ),
+    "latent.output": (("flowdiff.latents", ""),),
+    "flowdiff.output": (("inference.flow_checkpoint", BEST),),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,19 @@ class CommandLine:
                 passing = field_of(word) not in ONLY_THIS_TIME
             if passing:
                 kept.append(word)
+        for output, readers in HAND_OFFS.items():
+            if output in self.given:
+                kept += self._hand_off(output, readers)
         return shlex.join(["python", script, *kept])
+
+    def _hand_off(self, output: str, readers: tuple[tuple[str, str], ...]) -> list[str]:
+        """Flags that make later phases read where a phase was told to write."""
+        phase, _, name = output.partition(".")
+        folder = getattr(getattr(self.config, phase), name)
+        flags = (
+            [flag_of(reader), f"{folder}/{file}".rstrip("/")] for reader, file in readers if reader not in self.given
+        )
+        return [word for pair in flags for word in pair]
 
     def adopt(self, artefact: dict, source: str) -> Config:
         """The config with preprocessing and split as the artefact of an earlier phase has them.
@@ -61,7 +85,10 @@ class CommandLine:
                     f"{flag_of(f'data.{name}')} {now} contradicts {source}, made with {handed_on[name]}: "
                     "leave the flag out, or run python train_vae.py and what follows it again"
                 )
-        return dataclasses.replace(self.config, data=dataclasses.replace(self.config.data, **handed_on))
+        changed = {"data": dataclasses.replace(self.config.data, **handed_on)}
+        if "unet" in artefact:  # which size suits a UNet is for the one it was made with to say
+            changed["unet"] = rebuild_phase(UNetConfig, artefact["unet"])
+        return dataclasses.replace(self.config, **changed)
 
 
 def parse_command(description: str, argv: list[str] | None = None) -> CommandLine:

@@ -35,7 +35,7 @@ def main() -> None:
     settings, out = command.config.latent, Path(command.config.latent.output)
     checkpoint = load_checkpoint(settings.vae_checkpoint, "vae", "python train_vae.py")
     vae_sha256 = sha256(settings.vae_checkpoint)
-    config = command.adopt(checkpoint, settings.vae_checkpoint)
+    config = command.adopt({**checkpoint, "unet": checkpoint["config"]["unet"]}, settings.vae_checkpoint)
     accelerator = start(config.runtime)
     if accelerator.num_processes > 1:
         raise UsageError("phase 2 runs in one process: start it with python, not torchrun")

@@ -139,7 +139,7 @@ def resume_point(
     """
     if not options.resume or not path.is_file():
         return None
-    content = load_checkpoint(path, kind, made_by)
+    content = load_checkpoint(path, kind, f"{made_by} --runtime.resume False")
     changes = identity.changes_since(content["identity"])
     adjustable = set(changes) <= set(identity.adjustable)
     if changes and not (adjustable and options.resume_changed):

@@ -18,6 +18,7 @@ from checks import UsageError
 from files import sha256
 
 FORMAT = 2  # of latents.json
+KEYS = ("vae_sha256", "sha256", "shape", "rows", "mean", "std", "preprocessing", "split", "members")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,12 @@ def read_latents_json(folder: Path | str) -> dict:
         description = json.loads(path.read_text())
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}): run python extract_latents.py again") from error
-    if description.get("format") != FORMAT:
-        found = description.get("format")
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != FORMAT:
         raise UsageError(f"{path} has format {found}, this code reads {FORMAT}: run python extract_latents.py again")
+    missing = [name for name in KEYS if name not in description]
+    if missing:
+        raise UsageError(f"{path} lacks {', '.join(missing)}: run python extract_latents.py again")
     return description
 
 
@@ -73,9 +77,10 @@ class LatentDataset(Dataset):
         except (ValueError, OSError, EOFError) as error:
             raise UsageError(f"{path} is damaged ({error}): run python extract_latents.py again") from error
         expected = (description["rows"][split], *description["shape"])
-        if self.raw.shape != expected:
+        shape = getattr(self.raw, "shape", "of an archive")
+        if shape != expected:
             raise UsageError(
-                f"{path} has shape {self.raw.shape}, latents.json says {expected}: run python extract_latents.py again"
+                f"{path} has shape {shape}, latents.json says {expected}: run python extract_latents.py again"
             )
         self.sha256 = sha256(path)
         if self.sha256 != description["sha256"][split]:

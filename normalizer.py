@@ -62,7 +62,7 @@ class Normalizer:
     ):
         self.vae, self.network, self.standard = vae, network, standard
         self.settings, self.seed = settings, seed
-        self.artefact: dict = {}  # preprocessing and split, as the checkpoint says
+        self.artefact: dict = {}  # preprocessing, split and UNet, as the checkpoint says
         self.identity: dict[str, str] = {}  # SHA-256 of both checkpoints
         self.members: list[Membership] = []
 
@@ -94,6 +94,7 @@ class Normalizer:
         standard = LatentStandard(tuple(flow_content["mean"]), tuple(flow_content["std"]))
         loaded = cls(rebuild_vae(vae_content).to(device), network, standard, settings, seed)
         loaded.artefact = {name: flow_content[name] for name in ("preprocessing", "split")}
+        loaded.artefact["unet"] = flow_content["config"]["unet"]
         loaded.identity = identity
         loaded.members = [Membership.from_plain(stored) for stored in flow_content["members"]]
         return loaded

@@ -64,6 +64,7 @@ from runtime import (
 )
 
 MADE_BY = "python train_flowdiff.py"
+ANEW = f"{MADE_BY} --runtime.resume False"
 FILES_OF_A_RUN = ("checkpoint_*.pt", "log.csv", "curves.png", "samples_[0-9]*.png", "normals_[0-9]*.png")
 SCHEDULE = ("total_steps", "phase1_steps", "identity_warmup_start", "identity_warmup_end", "lr", "lr_warmup_steps")
 ADJUSTABLE = tuple(f"flowdiff.{name}" for name in SCHEDULE)  # in a resumed run, with --runtime.resume-changed True
@@ -321,8 +322,8 @@ def summarize(out: Path, settings: FlowDiffTrainingConfig, command: CommandLine)
     names = ("objective", "loss_diff", "loss_flow", "loss_id")
     curves = {name: history[f"val/{name}"] for name in names if f"val/{name}" in history}
     save_curves(out / "curves.png", curves, "phase 3, validation (EMA weights)")
-    kept = load_checkpoint(out / "checkpoint_best.pt", "flowdiff", MADE_BY)
-    scored = zip(*history["val/loss_id"], strict=True)
+    kept = load_checkpoint(out / "checkpoint_best.pt", "flowdiff", ANEW)
+    scored = zip(*history.get("val/loss_id", ((), ())), strict=True)
     before = [value for step, value in scored if step <= settings.identity_warmup_start]
     if before and settings.lambda_id_global > 0:
         change = f"{before[-1]:.4f} before the curriculum, {kept['scores']['loss_id']:.4f} in what is kept"

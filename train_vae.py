@@ -56,6 +56,7 @@ from runtime import (
 )
 
 MADE_BY = "python train_vae.py"
+ANEW = f"{MADE_BY} --runtime.resume False"
 FILES_OF_A_RUN = ("checkpoint_*.pt", "log.csv", "curves.png", "val_[0-9]*.png")
 ADJUSTABLE = ("vae.steps", "vae.lr", "vae.lr_warmup_steps")  # in a resumed run, with --runtime.resume-changed True
 GRID_IMAGES = 8
@@ -257,7 +258,7 @@ def summarize(out: Path, command: CommandLine) -> None:
     names = ("loss", "weighted_pix", "weighted_grad", "weighted_hf", "weighted_ssim", "weighted_kl")
     curves = {name: history[f"val/{name}"] for name in names if f"val/{name}" in history}
     save_curves(out / "curves.png", curves, "phase 1, validation")
-    kept = load_checkpoint(out / "checkpoint_best.pt", "vae", MADE_BY)
+    kept = load_checkpoint(out / "checkpoint_best.pt", "vae", ANEW)
     scores = kept["scores"]
     quality = f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}, loss {scores['loss']:.4f}"
     print(f"kept step {kept['step']}: {quality} -> {out / 'checkpoint_best.pt'}")

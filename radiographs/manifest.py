@@ -150,7 +150,7 @@ def _read_manifest(manifest: Path) -> list[Record]:
     """
     try:
         with open(manifest, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)
             reader.fieldnames = [(name or "").strip().lower() for name in reader.fieldnames or []]
             columns = reader.fieldnames
             rows = [(reader.line_num, _stripped(row)) for row in reader]
@@ -306,5 +306,5 @@ def _hold_out(records: list[Record], share: float, salt: str, leave: int) -> tup
 
 def _place(patient: str, salt: str) -> float:
     """A number in [0, 1), uniform over patients, that depends on the name and the salt alone."""
-    digest = hashlib.sha256(f"{salt}/{patient}".encode()).digest()
+    digest = hashlib.sha256(f"{salt}/{patient}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:7], "big") / 2**56

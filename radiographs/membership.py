@@ -52,4 +52,4 @@ class Membership:
 
 def _hashes(salt: str, patients: Iterable[str], digests: Iterable[str]) -> list[str]:
     texts = [f"{salt}/patient/{name}" for name in patients] + [f"{salt}/content/{digest}" for digest in digests]
-    return [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts]
+    return [hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16] for text in texts]

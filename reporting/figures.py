@@ -105,9 +105,9 @@ class _ResultFigure:
         self.height, self.width = (max(round(longer * side / max(shape)), 96) for side in shape)
         self.size = (12 + 3 * (self.width + 90), 46 + 2 * (self.height + 36))
         self.figure = Figure(figsize=(self.size[0] / DPI, self.size[1] / DPI), dpi=DPI)
-        self.title = self.figure.text(
-            12 / self.size[0], 1 - 12 / self.size[1], "", fontsize=12.5, weight="bold", va="top"
-        )
+        corner = (12 / self.size[0], 1 - 12 / self.size[1])
+        self.title = self.figure.text(*corner, "", fontsize=12.5, weight="bold", va="top")
+        self.title.set_parse_math(False)  # the name of a kind may hold a dollar sign
         self.panels = [self._panel(i, shape) for i in range(6)]
         self.outlines = [self.panels[i].axes.add_collection(LineCollection([], **OUTLINE)) for i in (0, 5)]
         entry = Line2D(

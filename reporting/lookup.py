@@ -5,6 +5,7 @@ import hashlib
 import secrets
 from pathlib import Path
 
+from checks import UsageError
 from files import write_csv
 
 LOOKUP = "lookup_local_only.csv"
@@ -18,8 +19,11 @@ class Pseudonyms:
         self.rows: list[list[str]] = []
         earlier = folder / LOOKUP
         if earlier.is_file():
-            with open(earlier, newline="") as file:
-                self.salt = next(csv.DictReader(file), {}).get("salt") or self.salt
+            try:
+                with open(earlier, newline="", encoding="utf-8") as file:
+                    self.salt = next(csv.DictReader(file), {}).get("salt") or self.salt
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise UsageError(f"{earlier} is damaged ({error}): remove it, and images get new names") from error
 
     def name(self, index: int, source: Path) -> str:
         """The name of one file; remembers which file it stands for."""

@@ -59,6 +59,17 @@ def test_the_next_command_repeats_what_was_overridden():
     assert shown == "python extract_latents.py --preset cpu --outputs 'my runs' --data.root ./x --vae.lr 1e-3"
 
 
+def test_the_next_command_reads_where_this_phase_was_told_to_write():
+    shown = parse_command("", ["--vae.output", "my vae", "--latent.vae-checkpoint", "x.pt"]).next("extract_latents.py")
+    config = parse_command("", shlex.split(shown)[2:]).config
+    assert (config.latent.vae_checkpoint, config.inference.vae_checkpoint) == ("x.pt", "my vae/checkpoint_best.pt")
+
+
+def test_the_size_of_an_artefact_is_judged_by_its_own_unet():
+    stored = artefact(height=48) | {"unet": {"channels": [16, 32], "attention": [False, True], "norm_groups": 16}}
+    assert parse_command("", []).adopt(stored, "checkpoint_best.pt").unet.channels == (16, 32)
+
+
 def test_the_next_command_pasted_gives_the_same_config():
     words = ["--preset", "demo", "--unet.channels", "32", "64", "64", "--data.root=a b", "--data.height", "64"]
     first = parse_command("", words)

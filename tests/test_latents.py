@@ -22,6 +22,7 @@ def folder(tmp_path):
     np.save(tmp_path / "latents_val.npy", ROWS[:3])
     description = {"format": FORMAT, "rows": {"train": 5, "val": 3}, "shape": [2, 4, 6]}
     description |= {"mean": STANDARD.mean, "std": STANDARD.std}
+    description |= {"vae_sha256": "", "preprocessing": {}, "split": {}, "members": {}}
     description["sha256"] = {split: sha256(tmp_path / f"latents_{split}.npy") for split in ("train", "val")}
     (tmp_path / "latents.json").write_text(json.dumps(description))
     return tmp_path
@@ -111,6 +112,13 @@ def test_latents_of_another_run_of_phase_2_are_refused(folder):
     np.save(folder / "latents_train.npy", ROWS + 1)
     with pytest.raises(UsageError, match="not the file latents.json describes: run python extract_latents.py again"):
         LatentDataset(folder, "train")
+
+
+@pytest.mark.parametrize(("text", "said"), [("[]", "has format None"), (f'{{"format": {FORMAT}}}', "lacks vae_sha256")])
+def test_a_description_of_something_else_names_phase_2(folder, text, said):
+    (folder / "latents.json").write_text(text)
+    with pytest.raises(UsageError, match=f"{said}.*run python extract_latents.py again"):
+        read_latents_json(folder)
 
 
 def test_a_description_of_another_format_names_phase_2(folder):
