@@ -303,7 +303,7 @@ def _corrupted(model: Normalizer, images: np.ndarray, config: Config) -> Iterato
 
 
 def _corrupt_one(images: np.ndarray, number: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
-    """The copy of that number and what changed in it; another normal lends what is pasted."""
+    """The copy of that number and what changed in it; a normal drawn at random lends what is pasted."""
     random = np.random.default_rng((config.runtime.seed, number))
     donor = images[random.integers(len(images))]
     return corrupt(images[number % len(images)], donor, random, config.calibration)

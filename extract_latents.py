@@ -39,6 +39,7 @@ def main() -> None:
     accelerator = start(config.runtime)
     if accelerator.num_processes > 1:
         raise UsageError("phase 2 runs in one process: start it with python, not torchrun")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
     vae = rebuild_vae(checkpoint).to(accelerator.device)
 
     datasets = open_normals(config, out)

@@ -63,6 +63,7 @@ def main() -> None:
     accelerator = start(command.config.runtime)
     if accelerator.num_processes > 1:
         raise UsageError("phase 4 runs in one process: start it with python, not torchrun")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
     seed, device = command.config.runtime.seed, accelerator.device
     model = Normalizer.load(settings.vae_checkpoint, settings.flow_checkpoint, settings, seed, device)
     config = command.adopt(model.artefact, settings.flow_checkpoint)
@@ -162,7 +163,9 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
     folder, method = Path(config.inference.calibration), config.inference.method
     known = Calibration.load(folder, method)
     if known is not None and known.belongs_to == shaping(model, config):
-        print(f"calibration read from {folder}: {len(known.scores)} validation normals (remove the folder to renew it)")
+        print(
+            f"calibration read from {folder}: {len(known.scores)} validation normals, whatever data.root holds now (remove the folder to renew it)"
+        )
         return known
     if known is not None:
         print(f"the calibration in {folder} belongs to other checkpoints or settings: made anew")

@@ -25,7 +25,7 @@ from latent_dataset import LatentStandard
 from model import RadiographVAE, rebuild_vae
 from radiographs.geometry import fit_image
 from radiographs.membership import Membership
-from radiographs.reading import read_radiograph, rescale
+from radiographs.reading import ImageReadError, read_radiograph, rescale
 from runtime import generator
 
 
@@ -115,7 +115,10 @@ class Normalizer:
     def read(self, path: str | Path) -> Tensor:
         """One file as the networks know radiographs, (1, 1, H, W) in [-1, 1]; ImageReadError if it is none."""
         how = DataConfig(**self.artefact["preprocessing"])
-        x = rescale(read_radiograph(path), how.percentile_low, how.percentile_high)
+        try:
+            x = rescale(read_radiograph(path), how.percentile_low, how.percentile_high)
+        except ValueError as error:  # an image without contrast
+            raise ImageReadError(path, str(error)) from error
         return torch.from_numpy(fit_image(x, how.height, how.width, how.fit))[None, None]
 
     @torch.no_grad()
