@@ -164,7 +164,8 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
     known = Calibration.load(folder, method)
     if known is not None and known.belongs_to == shaping(model, config):
         print(
-            f"calibration read from {folder}: {len(known.scores)} validation normals, whatever data.root holds now (remove the folder to renew it)"
+            f"calibration read from {folder}: {len(known.scores)} validation normals, whatever data.root holds now "
+            "(remove the folder to renew it)"
         )
         return known
     if known is not None:
