@@ -68,10 +68,10 @@ def only_garbage(path):
 
 DATA = {
     "wrong path": (lambda path: path, "does not exist: set data.root"),
-    "empty folder": (empty_folder, "holds no radiographs: put files"),
+    "empty folder": (empty_folder, "holds no radiographs: put .dcm"),
     "a text file": (a_text_file, "neither a folder nor a .csv manifest: set data.root"),
     "no normals": (lambda path: manifest(path, label=1), "no normal radiograph to train on: add some with label 0"),
-    "one patient": (lambda path: manifest(path, patient="A"), "add a manifest.csv with a column patient"),
+    "one patient": (lambda path: manifest(path, patient="A"), "say who is who in the column patient of a manifest.csv"),
     "a wrong label": (
         lambda path: manifest(path, label="sick"),
         "row 2, column label: 'sick' is unknown: write 0 for normal",
