@@ -116,6 +116,13 @@ def main() -> None:
     log = RunLog(out, "phase3", config, from_step=step, enabled=main_process)
     guard = StepGuard("flowdiff.lr", options.max_skipped_steps, skipped, quiet=not main_process)
     handed_on = hand_on(config, vae_checkpoint, description, vae_sha256)
+
+    def keep(name: str, scores: dict[str, float]) -> None:
+        """The EMA weights of this step in a file that phase 4 reads."""
+        weights = ema.module.state_dict()
+        guard.check(step, weights)
+        save_checkpoint(out / name, "flowdiff", handed_on | {"weights": weights, "scores": scores, "step": step})
+
     if main_process:
         write_json(out / "config.json", plain(config))
 
@@ -161,12 +168,9 @@ def main() -> None:
             tqdm.write(f"step {step}: {_shown(scores)}")
             if competes(step, settings) and scores["objective"] < best:
                 best, best_step = scores["objective"], step
-                kept = {"weights": ema.module.state_dict(), "scores": scores, "step": step}
-                save_checkpoint(out / "checkpoint_best.pt", "flowdiff", handed_on | kept)
+                keep("checkpoint_best.pt", scores)
         if step == settings.phase1_steps:
-            guard.check(step, ema.module.state_dict())
-            kept = {"weights": ema.module.state_dict(), "scores": {}, "step": step}
-            save_checkpoint(out / "checkpoint_generative.pt", "flowdiff", handed_on | kept)
+            keep("checkpoint_generative.pt", {})
         if step % settings.sample_every == 0 or ends:
             draw_samples(ema.module, validation, decode, config, step)
         if step % options.checkpoint_every == 0 or ends:

@@ -107,13 +107,24 @@ def interrupt(call, monkeypatch):
     return interrupt
 
 
+class Dropout(nn.Dropout):
+    """Dropout that remembers the mode of every forward pass with a gradient."""
+
+    modes = []
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            Dropout.modes.append(self.training)
+        return super().forward(x)
+
+
 def vae_with_dropout(monkeypatch):
     """A VAE that behaves otherwise in training, and comes in eval mode as one from a folder does."""
     real = train_vae.pretrained_vae
 
     def pretrained_vae(settings):
         vae = real(settings)
-        vae.autoencoder.decoder.conv_out = nn.Sequential(nn.Dropout(0.3), vae.autoencoder.decoder.conv_out)
+        vae.autoencoder.decoder.conv_out = nn.Sequential(Dropout(0.3), vae.autoencoder.decoder.conv_out)
         return vae.eval()
 
     monkeypatch.setattr(train_vae, "pretrained_vae", pretrained_vae)
@@ -125,13 +136,21 @@ DROPOUT = {"train_vae": vae_with_dropout, "train_flowdiff": lambda monkeypatch: 
 
 @pytest.mark.parametrize("script", PLACES)
 def test_dropout_draws_the_same_in_a_resumed_run(script, interrupt, call, monkeypatch, tmp_path):
-    """Which needs the mode of training from the first step on, too."""
     flags = [*DROPOUT[script](monkeypatch), *LONGER[script]]
     interrupt(script, *flags, outputs=tmp_path / "broken")
     assert last(tmp_path / "broken", script)["step"] == 4
     for name in ("broken", "whole"):
         assert call(script, *flags, outputs=tmp_path / name).code == 0
     same_end(script, tmp_path / "broken", tmp_path / "whole")
+
+
+def test_every_step_is_taken_in_the_mode_of_training(interrupt, call, monkeypatch, tmp_path):
+    """Before and after a validation, and from the first step of a resumed run."""
+    Dropout.modes.clear()
+    flags = [*vae_with_dropout(monkeypatch), "--vae.steps", 6, "--vae.validate-every", 2]
+    interrupt("train_vae", *flags, "--runtime.checkpoint-every", 3)
+    assert call("train_vae", *flags).code == 0
+    assert Dropout.modes == [True] * 6
 
 
 def test_a_finished_run_started_again_changes_nothing(call, made, tmp_path):

@@ -133,9 +133,8 @@ def test_a_step_waits_for_the_device_once(script, waits, call, tmp_path, monkeyp
     for steps in (10, 14):
         waits.count = 0
         with waits:
-            result = call(
-                script, *rare, "--vae.steps", steps, "--flowdiff.total-steps", steps, outputs=tmp_path / f"{steps}"
-            )
+            many = ["--vae.steps", steps, "--flowdiff.total-steps", steps]
+            result = call(script, *rare, *many, outputs=tmp_path / str(steps))
         assert result.code == 0
         counts.append(waits.count)
     assert counts[1] - counts[0] == 4
