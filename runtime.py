@@ -40,8 +40,8 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}", code=2))
     except KeyboardInterrupt:
-        sys.exit(
-            _one_line_error("interrupted; run the same command again to continue from the last checkpoint", code=130)
+        words = "interrupted; the same command goes on from checkpoint_last.pt, or else starts anew"
+        sys.exit(_one_line_error(words, code=130))
         )
 
 

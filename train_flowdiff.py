@@ -104,6 +104,7 @@ def main() -> None:
             best, best_step = last["best"], last["best_step"]
         accelerator.print(f"continuing from step {step} of {total_steps} (--runtime.resume False starts anew)")
     elif main_process:
+        print(f"starting anew in {out}")
         remove_files(out, FILES_OF_A_RUN)
     model, optimizer = accelerator.prepare(network, optimizer)
     loader = step_loader(train, settings.batch_size, (step, total_steps), config, accelerator)

@@ -86,6 +86,7 @@ def main() -> None:
         step, best, skipped = last["step"], last["best"], last["skipped_steps"]
         accelerator.print(f"continuing from step {step} of {total} (--runtime.resume False starts anew)")
     elif main_process:
+        print(f"starting anew in {out}")
         remove_files(out, FILES_OF_A_RUN)
     model, optimizer = accelerator.prepare(vae, optimizer)
     loader = step_loader(train, settings.batch_size, (step, total), config, accelerator)

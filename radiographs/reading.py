@@ -145,13 +145,22 @@ def is_dicom(path: str | Path) -> bool:
 def find_radiographs(root: str | Path) -> list[Path]:
     """Every file below root that looks like a radiograph, sorted: by suffix, or without one by the DICOM marker.
 
-    Hidden files and folders are left alone.
+    Hidden files and folders are left alone, and so are linked folders, with a warning. OSError if a folder cannot be
+    read: its patients would be missing without a word.
     """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
     found = []
-    for folder, folders, names in os.walk(root):
+    linked = 0
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
+        linked += sum(Path(folder, name).is_symlink() for name in folders)
         visible = [Path(folder, name) for name in names if not name.startswith(".")]
         found += [path for path in visible if _is_radiograph(path)]
+    if linked:
+        warnings.warn(f"{linked} linked folders are passed over: list their files in a manifest.csv", stacklevel=2)
     return sorted(found)
 
 

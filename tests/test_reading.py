@@ -528,3 +528,21 @@ def test_rescale_maps_numpys_percentiles_of_the_valid_pixels_to_the_ends():
 def test_rescale_refuses_an_image_without_contrast(valid):
     with pytest.raises(ValueError, match="no contrast"):
         rescale(Radiograph(np.full((20, 20), 7, np.float32), np.full((20, 20), valid), None), 0.5, 99.5)
+
+
+def test_linked_folders_are_passed_over_with_a_warning(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here").mkdir()
+    Image.fromarray(np.zeros((20, 20), np.uint8)).save(tmp_path / "there" / "a.png")
+    (tmp_path / "here" / "linked").symlink_to(tmp_path / "there")
+    with pytest.warns(UserWarning, match="1 linked folders are passed over"):
+        assert find_radiographs(tmp_path / "here") == []
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_not_a_gap(tmp_path, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", scandir)
+    with pytest.raises(PermissionError):
+        find_radiographs(tmp_path)
