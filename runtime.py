@@ -42,7 +42,6 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         words = "interrupted; the same command goes on from checkpoint_last.pt, or else starts anew"
         sys.exit(_one_line_error(words, code=130))
-        )
 
 
 def _one_line_error(error: object, code: int) -> int:
