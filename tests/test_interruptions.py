@@ -102,7 +102,7 @@ def interrupt(call, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(MODULES[script], "save_checkpoint", save)
             result = call(script, *flags, **places)
-        assert result.code == 130 and "run the same command again" in result.error
+        assert result.code == 130 and "the same command goes on" in result.error
 
     return interrupt
 
