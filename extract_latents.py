@@ -7,6 +7,7 @@ Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), 
 
 Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only
 latents.
+What a folder holds already of the same VAE, radiographs and settings is not made again.
 Look for: standardized mean near 0 and std near 1 on the validation rows too, and a short list of outliers.
 """
 
@@ -23,11 +24,11 @@ from command_line import parse_command
 from config import VAE_DOWNSAMPLING, Config, LatentConfig
 from dataset import RadiographDataset, open_datasets
 from files import load_checkpoint, sha256, write_atomically, write_json
-from latent_dataset import FORMAT
+from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
 from radiographs.manifest import describe_patients, list_records, split_records
 from radiographs.membership import Membership
-from runtime import plain, run_script, start
+from runtime import plain, run_script, start, without
 
 
 def main() -> None:
@@ -44,6 +45,12 @@ def main() -> None:
 
     datasets = open_normals(config, out)
     rows = {"train": list(range(len(datasets["train"]))), "val": unseen_rows(datasets["val"], checkpoint, settings)}
+
+    made_of = made_from(config, datasets, rows, vae_sha256)
+    if config.runtime.resume and is_finished(out, made_of):
+        print(f"{out} holds these latents already (--runtime.resume False makes them anew)")
+        print(f"next: {command.next('train_flowdiff.py')}")
+        return
 
     # From here until it is written again nothing that lies in the folder may pass for finished.
     (out / "latents.json").unlink(missing_ok=True)
@@ -63,6 +70,7 @@ def main() -> None:
     description = {
         "format": FORMAT,
         "vae_sha256": vae_sha256,
+        "made_from": made_of,
         "sha256": {split: sha256(out / f"latents_{split}.npy") for split in latents},
         "shape": list(latents["train"].shape[1:]),
         "rows": {split: len(part) for split, part in latents.items()},
@@ -88,6 +96,31 @@ def open_normals(config: Config, out: Path) -> dict[str, RadiographDataset]:
     splits = split_records(records, config.data)
     normals = {name: splits[name] for name in ("train", "val")}
     return open_datasets(normals, config.data, config.runtime.seed, out / "skipped_files.csv")
+
+
+def made_from(config: Config, datasets: dict[str, RadiographDataset], rows: dict, vae_sha256: str) -> dict:
+    """Everything that the latents follow from, as JSON has it: the same again gives the same latents."""
+    unshared = ("root", "test", "num_workers", "cache_gb", "max_bad_share")
+    return {
+        "vae_sha256": vae_sha256,
+        "radiographs": {split: dataset.digest for split, dataset in datasets.items()},
+        "rows": rows,
+        "data": without(plain(config.data), *unshared),
+        "latent": without(plain(config.latent), "vae_checkpoint", "batch_size", "output"),
+        "seed": config.runtime.seed,
+    }
+
+
+def is_finished(out: Path, made_of: dict) -> bool:
+    """Whether the folder holds the latents of just that, whole."""
+    if not (out / "latents.json").is_file():
+        return False
+    try:
+        description = read_latents_json(out)
+        whole = all(sha256(out / f"latents_{split}.npy") == known for split, known in description["sha256"].items())
+    except (UsageError, OSError):
+        return False
+    return whole and description.get("made_from") == made_of
 
 
 def unseen_rows(dataset: RadiographDataset, checkpoint: dict, settings: LatentConfig) -> list[int]:

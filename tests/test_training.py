@@ -1,6 +1,7 @@
 """Phases 1 to 3 on a dozen phantoms, run as a user runs them: what they leave on disk, and what they train."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -348,3 +349,19 @@ def test_two_processes_train_what_one_does_at_twice_the_batch(script, call, made
     torch.testing.assert_close(two, one, rtol=0, atol=ROUNDING[script])
     again = call(script, *SHARED[script], *batch(3), outputs=tmp_path / "two")
     assert again.code == 2 and "number of processes was 2, now 1" in again.error
+
+
+def test_latents_that_are_there_already_are_not_made_again(call, made, tmp_path):
+    out = shutil.copytree(made.phase2, tmp_path / "phase2_latents")
+    before = (out / "latents.json").read_bytes()
+    again = call("extract_latents")
+    assert (
+        again.code == 0 and "holds these latents already" in again.out and "next: python train_flowdiff.py" in again.out
+    )
+    assert (out / "latents.json").read_bytes() == before
+    with open(out / "latents_val.npy", "r+b") as file:  # a row that rotted
+        file.seek(-8, 2)
+        file.write(b"\x00\x00\x80\x3f")
+    mended = call("extract_latents")
+    assert mended.code == 0 and "already" not in mended.out
+    assert (out / "latents_val.npy").read_bytes() == (made.phase2 / "latents_val.npy").read_bytes()
