@@ -6,7 +6,7 @@ from checks import UsageError
 from config import Config
 
 SAME = object()  # as in the default
-# cpu: two cores, under an hour for some hundred radiographs. demo: phantoms, minutes on two cores.
+# cpu: two cores, about two hours for some hundred radiographs. demo: phantoms, minutes on two cores.
 # fmt: off
 TABLE = (
     # field                           cpu                      demo
