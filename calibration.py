@@ -24,7 +24,7 @@ from anomaly import blur_share, check_views, image_score, plain_map, stacked_vie
 from checks import UsageError
 from config import CalibrationConfig, Config
 from corruption import corrupt
-from files import sha256, write_atomically, write_json
+from files import sha256, write_binary, write_json
 from fusion import Fusion, PixelSample
 from image_ops import residual_components
 from metrics import threshold_from_normals
@@ -133,12 +133,7 @@ class Calibration:
             arrays |= {"weights": self.fusion.weights.cpu().numpy(), "bias": np.float64(self.fusion.bias)}
         path, description = _paths(folder, self.method)
         description.unlink(missing_ok=True)  # removed first, written last: nobody takes new arrays for the old ones
-
-        def write(beside: Path) -> None:
-            with open(beside, "wb") as file:
-                np.savez(file, **arrays)
-
-        write_atomically(path, write)
+        write_binary(path, lambda file: np.savez(file, **arrays))
         named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error")
         content = {name: getattr(self, name) for name in named}
         views = {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}

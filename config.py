@@ -16,6 +16,7 @@ from checks import require, require_between, require_positive, require_ranges
 LARGEST_SIDE = 8192  # pixels of the model's input; beyond any detector and any memory
 VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
 PREPROCESSING = ("height", "width", "fit", "percentile_low", "percentile_high")  # of DataConfig: how a file becomes x
+WHEREABOUTS = ("root", "test", "num_workers", "cache_gb", "max_bad_share")  # of DataConfig: shapes no image
 SPLIT = ("patient_from", "val_share", "test_share", "split_seed")  # of DataConfig: who trains, validates and tests
 Solver = Literal[
     "one_step", "euler", "heun", "ddim"

@@ -1,7 +1,6 @@
 """Part: records -> x in [-1, 1], mask, label; read once or as a stream, augmented reproducibly.
 
-splits = split_records(list_records(config.root, config.patient_from), config)
-data = open_datasets(splits, config, seed, report)          every file read once, bad files reported
+data = open_normals(config, seed, report)                   every file read once, bad files reported
 train, val = data["train"].augmented(), data["val"]
 for batch in read_batches(records, config, 8, errors):      or as a stream: each file is read when its turn comes
 """
@@ -25,7 +24,7 @@ from checks import UsageError
 from config import DataConfig
 from files import write_csv
 from radiographs.geometry import fit_image, fit_mask
-from radiographs.manifest import Record
+from radiographs.manifest import Record, describe_patients, list_records, split_records
 from radiographs.reading import ImageReadError, read_mask, read_radiograph, rescale
 
 
@@ -92,6 +91,16 @@ def open_datasets(
         theirs = [digests[record.path] for record in split]
         datasets[name] = RadiographDataset(split, config, seed, theirs, samples if fits else None)
     return datasets
+
+
+def open_normals(config: DataConfig, seed: int, report: Path, quiet: bool = False) -> dict[str, "RadiographDataset"]:
+    """The normal radiographs of config.root that train and validate, as `open_datasets` reads them."""
+    records = list_records(config.root, config.patient_from)
+    if not quiet:
+        print(describe_patients(records))
+    splits = split_records(records, config)
+    normals = {name: splits[name] for name in ("train", "val")}
+    return open_datasets(normals, config, seed, report, quiet)
 
 
 def attempt_sample(record: Record, config: DataConfig) -> Sample | ImageReadError:

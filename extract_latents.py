@@ -21,12 +21,11 @@ from tqdm import tqdm
 
 from checks import UsageError
 from command_line import parse_command
-from config import VAE_DOWNSAMPLING, Config, LatentConfig
-from dataset import RadiographDataset, open_datasets
+from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, LatentConfig
+from dataset import RadiographDataset, open_normals
 from files import load_checkpoint, sha256, write_atomically, write_json
 from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
-from radiographs.manifest import describe_patients, list_records, split_records
 from radiographs.membership import Membership
 from runtime import plain, run_script, start, without
 
@@ -43,7 +42,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
     vae = rebuild_vae(checkpoint).to(accelerator.device)
 
-    datasets = open_normals(config, out)
+    datasets = open_normals(config.data, config.runtime.seed, out / "skipped_files.csv")
     rows = {"train": list(range(len(datasets["train"]))), "val": unseen_rows(datasets["val"], checkpoint, settings)}
 
     made_of = made_from(config, datasets, rows, vae_sha256)
@@ -89,23 +88,13 @@ def main() -> None:
     print(f"wrote {out}\nnext: {command.next('train_flowdiff.py')}")
 
 
-def open_normals(config: Config, out: Path) -> dict[str, RadiographDataset]:
-    """Every normal radiograph that trains or validates. Where a patient goes depends on the patient alone."""
-    records = list_records(config.data.root, config.data.patient_from)
-    print(describe_patients(records))
-    splits = split_records(records, config.data)
-    normals = {name: splits[name] for name in ("train", "val")}
-    return open_datasets(normals, config.data, config.runtime.seed, out / "skipped_files.csv")
-
-
 def made_from(config: Config, datasets: dict[str, RadiographDataset], rows: dict, vae_sha256: str) -> dict:
     """Everything that the latents follow from, as JSON has it: the same again gives the same latents."""
-    unshared = ("root", "test", "num_workers", "cache_gb", "max_bad_share")
     return {
         "vae_sha256": vae_sha256,
         "radiographs": {split: dataset.digest for split, dataset in datasets.items()},
         "rows": rows,
-        "data": without(plain(config.data), *unshared),
+        "data": without(plain(config.data), *WHEREABOUTS),
         "latent": without(plain(config.latent), "vae_checkpoint", "batch_size", "output"),
         "seed": config.runtime.seed,
     }

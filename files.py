@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from checks import UsageError
 from config import RuntimeConfig
@@ -27,6 +28,16 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_binary(path: Path | str, fill: Callable[[BinaryIO], None]) -> None:
+    """A file that `fill` writes into, such as an .npy: whole or not at all, under just this name."""
+
+    def write(beside: Path) -> None:
+        with open(beside, "wb") as file:
+            fill(file)
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path | str, content: dict) -> None:

@@ -30,7 +30,7 @@ from checks import UsageError
 from command_line import parse_command
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
-from files import write_atomically, write_csv, write_json
+from files import write_binary, write_csv, write_json
 from image_ops import residual_components
 from metrics import false_positive_interval, summarize
 from normalizer import Examined, Normalizer
@@ -248,12 +248,7 @@ def keep(findings: Findings, record: Record, score: float, anomaly_map: np.ndarr
 def save_map(path: Path, anomaly_map: np.ndarray, sample: Sample, config: Config) -> None:
     """The map (H, W) as float32 .npy at the size of the original image."""
     full = unfit_map(anomaly_map, sample.original_shape, config.data.fit)
-
-    def write(beside: Path) -> None:
-        with open(beside, "wb") as file:
-            np.save(file, full)
-
-    write_atomically(path, write)
+    write_binary(path, lambda file: np.save(file, full))
 
 
 def title_of(index: int, score: float, p_value: float, threshold: float, record: Record) -> str:

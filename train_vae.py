@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from checks import UsageError
 from command_line import CommandLine, parse_command
-from config import VAE_DOWNSAMPLING, Config
-from dataset import RadiographDataset, open_datasets
+from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config
+from dataset import RadiographDataset, open_normals
 from files import (
     RunIdentity,
     load_checkpoint,
@@ -34,7 +34,6 @@ from files import (
     write_json,
 )
 from model import RadiographVAE, pretrained_vae, psnr, ssim, vae_loss
-from radiographs.manifest import describe_patients, list_records, split_records
 from radiographs.membership import Membership
 from reporting.figures import save_curves, save_grid
 from runtime import (
@@ -69,8 +68,10 @@ def main() -> None:
     accelerator = start(config.runtime)
     device, main_process = accelerator.device, accelerator.is_main_process
 
-    datasets = open_normals(config, accelerator)
+    datasets = open_normals(config.data, seed, out / "skipped_files.csv", quiet=not main_process)
     train, validation = datasets["train"].augmented(), datasets["val"]
+    size = f"{config.data.height} x {config.data.width}"
+    accelerator.print(f"{len(train)} training and {len(validation)} validation radiographs at {size}")
     vae = pretrained_vae(settings)
     trained = [weight for weight in vae.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
@@ -151,25 +152,12 @@ def main() -> None:
     accelerator.end_training()
 
 
-def open_normals(config: Config, accelerator: Accelerator) -> dict[str, RadiographDataset]:
-    """Every normal radiograph that trains or validates. Where a patient goes depends on the patient alone."""
-    records = list_records(config.data.root, config.data.patient_from)
-    accelerator.print(describe_patients(records))
-    splits = split_records(records, config.data)
-    normals = {name: splits[name] for name in ("train", "val")}
-    report, quiet = Path(config.vae.output) / "skipped_files.csv", not accelerator.is_main_process
-    datasets = open_datasets(normals, config.data, config.runtime.seed, report, quiet)
-    counts = f"{len(datasets['train'])} training and {len(datasets['val'])} validation radiographs"
-    accelerator.print(f"{counts} at {config.data.height} x {config.data.width}")
-    return datasets
-
-
 def run_identity(
     config: Config, datasets: dict[str, RadiographDataset], vae: RadiographVAE, accelerator: Accelerator
 ) -> RunIdentity:
     """What a resumed run must share: numbers and contents, not where files lie nor how fast they are read."""
     settings = {
-        "data": without(plain(config.data), "root", "test", "num_workers", "cache_gb", "max_bad_share"),
+        "data": without(plain(config.data), *WHEREABOUTS),
         "vae": without(plain(config.vae), "output", "log_every", "pretrained"),
         "runtime": {"seed": config.runtime.seed},
         "number of processes": accelerator.num_processes,
