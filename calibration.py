@@ -111,8 +111,9 @@ class Calibration:
         return threshold_from_normals(self.scores, image_fpr)
 
     def p_value(self, score: float) -> float:
-        """Share of normals, the examined one counted in, that score as high: uniform on new normals (Vovk 2005,
-        conformal p).
+        """Share of normals, the examined one counted in, that score as high.
+
+        Uniform on new normals (Vovk 2005, conformal p).
         """
         return float((1 + np.count_nonzero(self.scores >= score)) / (1 + len(self.scores)))
 
@@ -179,8 +180,7 @@ def shaping(model: Normalizer, config: Config) -> dict:
 
 
 def calibrate(model: Normalizer, images: np.ndarray, config: Config) -> Calibration:
-    """Examine the validation normals (N, H, W) and read off them how views become a map, the thresholds, the colour
-    scales.
+    """Examine the validation normals (N, H, W): how views become a map, thresholds, colour scales.
 
     UsageError if there are too few of them, or a view in calibration.views is unknown.
     """
@@ -264,8 +264,9 @@ def _quantile(part: Tensor) -> Tensor:
 
 
 def _fuse(normals: NormalViews, model: Normalizer, images: np.ndarray, config: Config) -> tuple[Fusion, Tensor]:
-    """The fusion, and the map (N, 1, H, W) of each normal. Each image is standardized without the normal it is or was
-    made of.
+    """The fusion, and the map (N, 1, H, W) of each normal.
+
+    Each image is standardized without the normal it is or was made of.
     """
     sample = PixelSample(config.calibration, config.runtime.seed)
     for origin, views, changed in _corrupted(model, images, config):

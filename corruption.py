@@ -55,8 +55,9 @@ def _draw_shape(
 
 
 def _soften(distance: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
-    """Opacity in [0, 1] from a signed distance in pixels, positive inside: from a hard edge to one as wide as half the
-    radius.
+    """Opacity in [0, 1] from a signed distance in pixels, positive inside.
+
+    From a hard edge to one as wide as half the radius.
     """
     edge = np.exp(random.uniform(np.log(0.7), np.log(max(0.8, 0.5 * radius))))
     return np.clip(0.5 + distance / (2 * edge), 0, 1).astype(np.float32)

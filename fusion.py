@@ -15,9 +15,7 @@ from config import CalibrationConfig
 
 
 def evidence(deviations: Tensor, largest: float) -> Tensor:
-    """What the regression weighs, (B, 2F, H, W): the size of each deviation, at most `largest`, and the same with its
-    sign.
-    """
+    """The size of each deviation, at most `largest`, and the same with its sign: (B, 2F, H, W)."""
     deviations = deviations.clamp(-largest, largest)
     return torch.cat([deviations.abs(), deviations], dim=1)
 
@@ -31,8 +29,7 @@ class Fusion:
     largest: float  # deviation, in standard deviations
 
     def anomaly_map(self, deviations: Tensor) -> Tensor:
-        """-log P(normal) of every pixel, in nats, (B, 1, H, W): 0 where all is as usual, the log-odds of an anomaly
-        elsewhere.
+        """-log P(normal) of every pixel, in nats, (B, 1, H, W): 0 where all is as usual.
 
         P is the probability under the mix of pixels the regression was fitted to, not a prevalence.
         """

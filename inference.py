@@ -120,8 +120,9 @@ def levels_of(config: Config) -> tuple[float, ...]:
 
 
 def records_to_examine(model: Normalizer, config: Config) -> list[Record]:
-    """The files of data.test, or the test split of data.root; UsageError if there are none, or if patients trained the
-    networks.
+    """The files of data.test, or the test split of data.root.
+
+    UsageError if there are none, or if patients trained or validated the networks.
     """
     if config.data.test:
         records = list_records(config.data.test, config.data.patient_from, "data.test")
@@ -176,8 +177,9 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
 
 
 def read_normals(model: Normalizer, config: Config) -> np.ndarray:
-    """The validation normals that trained neither network, (N, H, W); UsageError if none is left or too many are
-    unreadable.
+    """The validation normals that trained neither network, (N, H, W).
+
+    UsageError if none is left or too many are unreadable.
     """
     records = split_records(list_records(config.data.root, config.data.patient_from), config.data)["val"]
     images, errors, trained = [], [], 0

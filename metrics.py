@@ -20,8 +20,9 @@ EIGHT_CONNECTED = np.ones((3, 3), dtype=bool)
 
 
 def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Chance that an abnormal image scores above a normal one, ties counting one half (Mann-Whitney U); nan with one
-    class only.
+    """Chance that an abnormal image scores above a normal one, ties counting one half (Mann-Whitney U).
+
+    nan with one class only.
     """
     positives, negatives = _split(scores, labels)
     if len(positives) == 0 or len(negatives) == 0:
@@ -32,8 +33,9 @@ def auroc(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Sum of precision times the gain in recall, over every distinct score (as in scikit-learn); nan with one class
-    only.
+    """Sum of precision times the gain in recall, over every distinct score (as in scikit-learn).
+
+    nan with one class only.
 
     Its chance level is the share of abnormal images.
     """
@@ -44,9 +46,7 @@ def average_precision(scores: ArrayLike, labels: ArrayLike) -> float:
 
 
 def image_metrics(scores: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """AUROC and average precision of scores (N,) for labels (N,) in {0, 1}; nan where only one class is there to
-    compare.
-    """
+    """AUROC and average precision of scores (N,) for labels (N,) in {0, 1}; nan with one class only."""
     return {"auroc": auroc(scores, labels), "ap": average_precision(scores, labels)}
 
 
@@ -56,8 +56,9 @@ def pixel_average_precision(maps: Sequence, masks: Sequence) -> float:
 
 
 def aupro(maps: Sequence, masks: Sequence, fpr_limit: float = 0.3) -> float:
-    """Area under the per-region overlap curve up to a pixel false-positive rate (Bergmann et al. 2021, MVTec AD), in
-    [0, 1].
+    """Area under the per-region overlap curve up to a pixel false-positive rate, in [0, 1].
+
+    Bergmann et al. 2021, MVTec AD.
 
     At each threshold: the covered share of a lesion, averaged over lesions (8-connected regions of a mask, so that a
     small one counts as much as a large one), against the share of all other pixels flagged. Straight lines join the
@@ -69,15 +70,17 @@ def aupro(maps: Sequence, masks: Sequence, fpr_limit: float = 0.3) -> float:
 
 
 def best_dice(maps: Sequence, masks: Sequence) -> tuple[float, float]:
-    """Highest pooled Dice any threshold reaches, and that threshold: an upper bound, as it was chosen on the masks;
-    nan without lesions.
+    """Highest pooled Dice any threshold reaches, and that threshold; nan without lesions.
+
+    An upper bound, as it was chosen on the masks.
     """
     return _pixel_curve(maps, masks).best_dice()
 
 
 def dice_at(maps: Sequence, masks: Sequence, threshold: float) -> float:
-    """Dice = 2 TP / (flagged + lesion) over the pooled pixels, flagged where map > threshold; nan without a lesion
-    pixel.
+    """Dice = 2 TP / (flagged + lesion) over the pooled pixels, flagged where map > threshold.
+
+    nan without a lesion pixel.
     """
     maps, masks = _check_maps(maps, masks)
     flagged = [m > np.float64(threshold) for m in maps]  # as float64: float32 maps would round the threshold
@@ -127,8 +130,9 @@ def bootstrap_interval(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile interval of statistic(*arrays) under a cluster bootstrap (Efron & Tibshirani 1993): whole groups are
-    redrawn.
+    """Percentile interval of statistic(*arrays) under a cluster bootstrap: whole groups are redrawn.
+
+    Efron & Tibshirani 1993.
 
     groups (N,) names the patient of each row of the arrays (N, ...); all images of a drawn patient come along, since
     they are not independent. Resamples where the statistic is nan are left out; (nan, nan) with fewer than two groups
@@ -150,9 +154,7 @@ def bootstrap_interval(
 
 
 def psnr(x: ArrayLike, y: ArrayLike, data_range: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB of two images whose values span data_range (2 for [-1, 1]); inf if they are
-    equal.
-    """
+    """Peak signal-to-noise ratio in dB of two images whose values span data_range; inf if they are equal."""
     error = np.mean((np.asarray(x, dtype=np.float64) - np.asarray(y, dtype=np.float64)) ** 2)
     return float(10 * np.log10(data_range**2 / error)) if error > 0 else math.inf
 
@@ -170,8 +172,9 @@ def summarize(
     pixel_threshold: float,
     patients: Sequence[str],
 ) -> dict:
-    """Everything for metrics.json: `overall`, `kinds` (each lesion kind against all normals) and `mean_over_kinds`;
-    undefined is None.
+    """Everything for metrics.json: `overall`, `kinds` (each against all normals) and `mean_over_kinds`.
+
+    Undefined is None.
 
     All arguments have one entry per image. Image metrics come with a 95 % patient-bootstrap interval. Pixel metrics
     take the normals, as empty masks, and the abnormal images that have a map and a mask with a lesion in it; a map of

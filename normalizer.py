@@ -128,9 +128,7 @@ class Normalizer:
 
     @torch.no_grad()
     def examine(self, x: Tensor, levels: Sequence[float] = ()) -> Examined:
-        """Everything about a batch of images (B, 1, H, W) in [-1, 1], with the one-step estimates at these noise
-        levels.
-        """
+        """Everything about a batch of images (B, 1, H, W) in [-1, 1], with one-step estimates at these levels."""
         x = x.to(self.device)
         z = self.encode(x)
         estimates = {level: self.estimate(z, level) for level in levels}
@@ -162,8 +160,9 @@ class Normalizer:
         return Estimate(by_flow, by_diffusion, self.decode(by_flow))
 
     def draws(self, z: Tensor) -> list[Tensor]:
-        """The noise of each draw, the shape of z. Every image gets the same: its score must not depend on its
-        neighbours.
+        """The noise of each draw, the shape of z.
+
+        Every image gets the same: its score must not depend on its neighbours.
         """
         keys = [(self.seed, "inference", draw) for draw in range(self.settings.draws)]
         noises = (torch.randn(z.shape[1:], generator=generator(*key)) for key in keys)

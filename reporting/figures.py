@@ -35,8 +35,9 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 
 @dataclass(frozen=True)
 class ColourScale:
-    """Where each colour bar ends, one set for all images of a run, so that they can be compared; values beyond take
-    the last colour.
+    """Where each colour bar ends, one set for all images of a run, so that they can be compared.
+
+    Values beyond take the last colour.
     """
 
     residual: float  # the bar runs from -residual to +residual
@@ -169,9 +170,7 @@ _result_figure = lru_cache(maxsize=4)(_ResultFigure)
 
 
 def _outline(mask: ArrayLike) -> list[NDArray]:
-    """The border of a mask (H, W) as lines of (x, y) in pixel coordinates; closed also where it touches the edge of
-    the image.
-    """
+    """The border of a mask (H, W) as lines of (x, y) in pixels, closed also at the edge of the image."""
     padded = np.pad(np.asarray(mask).astype(np.float32), 1)
     return [line - 1 for line in contourpy.contour_generator(z=padded).lines(0.5)]
 
@@ -183,8 +182,9 @@ def save_grid(
     columns: int = 8,
     signed: Collection[str] = (),
 ) -> None:
-    """Labelled rows of images: each row is (label, (N, H, W)), grey from -1 to 1; more than `columns` images go on
-    below, all rows together.
+    """Labelled rows of images: each row is (label, (N, H, W)), grey from -1 to 1.
+
+    More than `columns` images go on below, all rows together.
 
     A row whose label is in `signed`, such as a residual, is red and blue around 0, up to the 99.9th percentile of its
     absolute values, which stands in its label. titles (N) stand above the images.

@@ -4,9 +4,7 @@ COLUMNS = ("auroc", "ap", "pixel_ap", "aupro", "dice", "best_dice")
 
 
 def metrics_table(metrics: dict) -> str:
-    """One line per kind of lesion, then all images together and the mean of the kinds; from what `metrics.summarize`
-    gives.
-    """
+    """One line per kind of lesion, then all together and the mean of the kinds, from `metrics.summarize`."""
     header = f"{'kind':16s}{'images':>8s}" + "".join(f"{name:>11s}" for name in COLUMNS)
     entries = [*metrics["kinds"].items(), ("all kinds", metrics["overall"])]
     entries.append(("mean of kinds", metrics["mean_over_kinds"]))
