@@ -50,6 +50,18 @@ def fitted():
     return sample.fit()
 
 
+def test_views_that_nearly_say_the_same_are_fitted_to_the_optimum_and_not_to_where_a_solver_gave_up():
+    sample, mix = PixelSample(SETTINGS, seed=0), torch.randn(40, 2, generator=torch.Generator().manual_seed(9))
+    for seed in range(20):
+        deviations, changed = with_square(seed, 6 * (-1) ** seed)
+        sample.add_corrupted(torch.einsum("fv,bvhw->bfhw", mix, deviations), changed)
+    fusion = sample.fit()
+    rows, answers = np.concatenate(sample.rows).astype(float), np.concatenate(sample.answers)
+    wrong = 1 / (1 + np.exp(-rows @ fusion.weights.double().numpy() - fusion.bias)) - answers
+    slope = wrong @ rows + fusion.weights.double().numpy() / SETTINGS.regularization
+    assert np.abs(slope).max() < 1e-3  # of a sum over 18,000 pixels
+
+
 @pytest.mark.parametrize("shift", [-6.0, 6.0])
 def test_a_deviation_in_either_direction_lights_up_at_its_place(fitted, shift):
     deviations, changed = with_square(55, shift)

@@ -142,7 +142,7 @@ def test_scores_do_not_depend_on_the_batch_size(call, examined, tmp_path):
 def test_scores_do_not_depend_on_the_model_in_todays_config(call, examined, tmp_path):
     unet = "--unet.channels 32 32 32 --unet.attention False False True --unet.norm-groups 16"
     assert call("inference", *unet.split(), "--vae.scratch-channels", 8, 8, 8, 8, *QUIET).code == 0
-    assert scores_in(tmp_path / "phase4_inference") == pytest.approx(scores_in(examined.phase4), abs=1e-5)
+    assert scores_in(tmp_path / "phase4_inference") == pytest.approx(scores_in(examined.phase4), abs=1e-4)
 
 
 def test_size_and_percentiles_are_those_of_the_checkpoint_whatever_the_preset_says(
