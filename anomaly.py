@@ -110,7 +110,7 @@ def views_of(seen: Examined, chosen: CalibrationConfig, settings: InferenceConfi
             _add_channels(found, name, "", IMAGE_VIEWS[name](seen))
             continue
         for level in chosen.levels:
-            _add_channels(found, name, f"@{level:g}", VIEWS[name](seen, seen.estimates[level], settings))
+            _add_channels(found, name, f"@{level:g}", VIEWS[name](seen, seen.estimate(level), settings))
     return found
 
 

@@ -1,18 +1,19 @@
 """What normals say: how the views of a change become a map, and where thresholds, p-values and colour scales lie.
 
-A normal radiograph also differs from G(x): along tooth edges more than in air. So with method "calibrated" each view,
+A normal radiograph also differs from G(x): along tooth edges more than in air. So with method "statistical" each view,
 at several blurs, is standardized per pixel by what the validation normals show there, and `fusion.py` makes one map of
-all. Each validation normal is scored under the statistics of the others, as a new normal would be.
+all; with method "reader" the reader's logit is. Each validation normal is scored under the statistics of the others, as
+a new normal would be.
 
 calibration = calibrate(model, images, config)          images (N, H, W) of validation normals
-calibration.save(folder); Calibration.load(folder, "calibrated")
+calibration.save(folder); Calibration.load(folder, "statistical")
 
 Views are (B, V, H, W), features (B, F, H, W) with F = V times the number of blurs.
 """
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,43 +23,27 @@ from tqdm import tqdm
 
 from anomaly import blur_share, check_views, image_score, plain_map, stacked_views, views_of
 from checks import UsageError
-from config import CalibrationConfig, Config
-from corruption import corrupt
+from config import Config
+from config_reading import CalibrationConfig, ReaderConfig
+from corruption import check_fills, corrupt
 from files import sha256, write_binary, write_json
 from fusion import Fusion, PixelSample
 from image_ops import residual_components
 from metrics import threshold_from_normals
 from normalizer import Examined, Normalizer
+from reader import Reader
+from standardization import PixelStatistics, pixel_statistics
 
 FORMAT = 1
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
 
 
-def features(views: Tensor, settings: CalibrationConfig) -> Tensor:
-    """The views at every blur, (B, F, H, W), float32."""
+def features(views: Tensor, settings: CalibrationConfig | ReaderConfig) -> Tensor:
+    """The views at every blur, (B, F, H, W), float32; the reader's logit as it is."""
     views = views.float()
+    if isinstance(settings, ReaderConfig):
+        return views
     return torch.cat([blur_share(views, blur) for blur in settings.blurs], dim=1)
-
-
-@dataclass(frozen=True)
-class PixelStatistics:
-    """Mean and standard deviation (1, F, H, W) of each feature over normals and neighbouring pixels."""
-
-    mean: Tensor
-    std: Tensor
-
-    def standardize(self, values: Tensor) -> Tensor:
-        """Features (B, F, H, W) in standard deviations of normals."""
-        return (values - self.mean.to(values.device)) / self.std.to(values.device)
-
-
-def pixel_statistics(total: Tensor, squares: Tensor, count: int, settings: CalibrationConfig) -> PixelStatistics:
-    """From the sums over `count` normals of each feature and of its square, both (1, F, H, W)."""
-    mean = blur_share(total / count, settings.alignment)
-    variance = blur_share(squares / count, settings.alignment) - mean.square()
-    std = variance.clamp_min(0).sqrt()
-    smallest = settings.smallest_spread * std.mean(dim=(2, 3), keepdim=True)
-    return PixelStatistics(mean, std.clamp_min(smallest).clamp_min(1e-8))
 
 
 class NormalViews:
@@ -68,7 +53,7 @@ class NormalViews:
     low and every threshold from them too strict.
     """
 
-    def __init__(self, views: Tensor, settings: CalibrationConfig):
+    def __init__(self, views: Tensor, settings: CalibrationConfig | ReaderConfig):
         self.views = views.half()  # the one thing here whose size grows with N
         self.settings = settings
         self.total, self.squares = 0, 0
@@ -105,6 +90,7 @@ class Calibration:
     view_names: tuple[str, ...] = ()
     statistics: PixelStatistics | None = None  # of the features; None for the plain map
     fusion: Fusion | None = None
+    reader: Reader | None = None
 
     def score_threshold(self, image_fpr: float) -> float:
         """The score that at most this share of the validation normals exceeds."""
@@ -121,6 +107,8 @@ class Calibration:
         """The final map (B, 1, H, W) of a batch."""
         if self.method == "plain":
             raw = plain_map(seen.x, seen.normal, config.inference)
+        elif self.method == "reader":
+            raw = self.statistics.standardize(self.reader.logits(seen))
         else:
             views = stacked_views(seen, config.calibration, config.inference)
             raw = self.fusion.anomaly_map(self.statistics.standardize(features(views, config.calibration)))
@@ -129,8 +117,9 @@ class Calibration:
     def save(self, folder: str | Path) -> None:
         """METHOD.npz with the arrays, then METHOD.json with the rest and the hash of the arrays."""
         arrays = {"scores": self.scores}
-        if self.fusion is not None:
+        if self.statistics is not None:
             arrays |= {"mean": self.statistics.mean.cpu().numpy(), "std": self.statistics.std.cpu().numpy()}
+        if self.fusion is not None:
             arrays |= {"weights": self.fusion.weights.cpu().numpy(), "bias": np.float64(self.fusion.bias)}
         path, description = _paths(folder, self.method)
         description.unlink(missing_ok=True)  # removed first, written last: nobody takes new arrays for the old ones
@@ -141,8 +130,8 @@ class Calibration:
         write_json(description, {"format": FORMAT, **content, **views, "arrays_sha256": sha256(path)})
 
     @classmethod
-    def load(cls, folder: str | Path, method: str) -> "Calibration | None":
-        """What `save` wrote, None where there is nothing; UsageError if it is damaged."""
+    def load(cls, folder: str | Path, method: str, reader: Reader | None = None) -> "Calibration | None":
+        """What `save` wrote, None where there is nothing; UsageError if it is damaged. The reader has its own file."""
         path, description = _paths(folder, method)
         if not description.is_file():
             return None
@@ -160,52 +149,73 @@ class Calibration:
             )
         largest, names = content.pop("largest"), tuple(content.pop("view_names"))
         statistics = fusion = None
-        if names:
+        if "mean" in arrays:
             statistics = PixelStatistics(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"]))
+        if names:
             fusion = Fusion(torch.from_numpy(arrays["weights"]), float(arrays["bias"]), largest)
-        return cls(**content, scores=arrays["scores"], view_names=names, statistics=statistics, fusion=fusion)
+        made = {"view_names": names, "statistics": statistics, "fusion": fusion, "reader": reader}
+        return cls(**content, scores=arrays["scores"], **made)
 
 
 def _paths(folder: str | Path, method: str) -> tuple[Path, Path]:
     return Path(folder) / f"{method}.npz", Path(folder) / f"{method}.json"
 
 
-def shaping(model: Normalizer, config: Config) -> dict:
+def shaping(model: Normalizer, config: Config, reader: Reader | None = None) -> dict:
     """Everything that a map depends on beside the image: a calibration made under anything else does not fit."""
     walk = ("method", "noise_level", "solver", "steps", "draws", "alpha_l1", "beta_grad", "gamma_hf", "smooth_share")
-    settings = {name: getattr(config.inference, name) for name in (*walk, "top_share", "pixel_fpr")}
-    if config.inference.method == "calibrated":
+    settings = {name: getattr(config.inference, name) for name in (*walk, "pixel_fpr")}
+    settings["top_share"] = top_share_of(config)
+    if config.inference.method == "statistical":
         settings |= asdict(config.calibration)
+    if reader is not None:
+        settings |= {"reader_sha256": reader.sha256, "smallest_verdict_spread": config.reader.smallest_verdict_spread}
     return json.loads(json.dumps({**model.identity, "seed": config.runtime.seed, **settings}))
 
 
-def calibrate(model: Normalizer, images: np.ndarray, config: Config) -> Calibration:
-    """Examine the validation normals (N, H, W): how views become a map, thresholds, colour scales.
+def top_share_of(config: Config) -> float:
+    """The share of the highest map values whose mean is the score."""
+    return config.reader.top_share if config.inference.method == "reader" else config.inference.top_share
+
+
+def magnification_of(config: Config) -> int:
+    """How many times the model's size the images are that the method looks at."""
+    return config.reader.magnification if config.inference.method == "reader" else 1
+
+
+def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None = None) -> Calibration:
+    """Examine the validation normals (N, k H, k W): how views become a map, thresholds, colour scales.
 
     UsageError if there are too few of them, or a view in calibration.views is unknown.
     """
-    calibrated = config.inference.method == "calibrated"
-    if calibrated:
+    method = config.inference.method
+    if method == "statistical":
         check_views(config.calibration.views)
-    if len(images) < 1 + calibrated:
+        check_fills(config.calibration.fills, "calibration.fills")
+    if len(images) < 1 + (method != "plain"):
         raise UsageError(
-            "too few validation normals: thresholds need one and inference.method calibrated two; add some to the "
+            f"too few validation normals: thresholds need one and inference.method {method} two; add some to the "
             "split val, or use --inference.method plain"
         )
-    survey = _survey(model, images, config)
+    survey = _survey(model, images, config, reader)
     statistics = fusion = None
     maps = survey.shown
-    if calibrated:
+    if method == "statistical":
         normals = NormalViews(survey.shown, config.calibration)
         fusion, maps = _fuse(normals, model, images, config)
+        statistics = normals.statistics()
+    if method == "reader":
+        floor = config.reader.smallest_verdict_spread
+        normals = NormalViews(survey.shown, replace(config.reader, smallest_spread=floor))
+        maps = torch.cat([_left_out(normals, index) for index in range(len(images))])
         statistics = normals.statistics()
     maps = blur_share(maps, config.inference.smooth_share)
     quantile = float(np.quantile(maps.numpy(), COLOUR_QUANTILE))
     scale = {"residual": survey.l1, "l1": survey.l1, "gradient": survey.gradient, "anomaly_map": quantile}
     return Calibration(
-        method=config.inference.method,
-        belongs_to=shaping(model, config),
-        scores=image_score(maps, config.inference.top_share).numpy(),
+        method=method,
+        belongs_to=shaping(model, config, reader),
+        scores=image_score(maps, top_share_of(config)).numpy(),
         pixel_threshold=threshold_from_normals(maps.numpy().ravel(), config.inference.pixel_fpr),
         scale={name: max(1e-6, 2 * value) for name, value in scale.items()},
         identity_error=survey.identity_error,
@@ -213,6 +223,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config) -> Calibrat
         view_names=survey.names,
         statistics=statistics,
         fusion=fusion,
+        reader=reader,
     )
 
 
@@ -220,7 +231,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config) -> Calibrat
 class _Survey:
     """What one look at all validation normals gives."""
 
-    shown: Tensor  # the plain maps (N, 1, H, W), or the views (N, V, H, W) in half precision
+    shown: Tensor  # plain maps or logits (N, 1, H, W), or views (N, V, H, W) in half precision
     names: tuple[str, ...]  # of the views
     l1: float  # what all but a thousandth of the pixels of a normal stay below, the mean over normals
     gradient: float
@@ -228,17 +239,19 @@ class _Survey:
     vae_error: float
 
 
-def _survey(model: Normalizer, images: np.ndarray, config: Config) -> _Survey:
+def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None) -> _Survey:
     """Examine all normals once, batch by batch."""
-    plain = config.inference.method == "plain"
+    method, magnification = config.inference.method, magnification_of(config)
     shown, names, numbers = [], (), []
     size = config.inference.batch_size
     with tqdm(total=len(images), desc="validation normals", unit="image") as progress:
         for first in range(0, len(images), size):
             batch = torch.from_numpy(images[first : first + size]).unsqueeze(1)
-            seen = model.examine(batch, () if plain else config.calibration.levels)
-            if plain:
+            seen = model.examine(batch, magnification)
+            if method == "plain":
                 shown.append(plain_map(seen.x, seen.normal, config.inference).cpu())
+            elif method == "reader":
+                shown.append(reader.logits(seen).cpu())
             else:
                 views = views_of(seen, config.calibration, config.inference)
                 names = tuple(views)
@@ -292,7 +305,7 @@ def _corrupted(model: Normalizer, images: np.ndarray, config: Config) -> Iterato
             numbers = range(first, min(first + config.inference.batch_size, settings.corrupted))
             made = [_corrupt_one(images, number, config) for number in numbers]
             batch = torch.from_numpy(np.stack([image for image, _ in made])).unsqueeze(1)
-            views = stacked_views(model.examine(batch, settings.levels), settings, config.inference).cpu()
+            views = stacked_views(model.examine(batch), settings, config.inference).cpu()
             for position, number in enumerate(numbers):
                 yield number % len(images), views[position : position + 1], made[position][1]
             progress.update(len(numbers))

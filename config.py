@@ -1,4 +1,5 @@
-"""Every number of the pipeline: one frozen dataclass per phase. presets.py has what the presets change.
+"""Every number of the pipeline: one frozen dataclass per phase. presets.py has what the presets change, and
+config_reading.py the numbers of how phase 4 reads what G changed.
 
 Edit a default here, or override any field when running a script:
 
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from checks import require, require_between, require_positive, require_ranges
+from config_reading import CalibrationConfig, ReaderConfig
 
 LARGEST_SIDE = 8192  # pixels of the model's input; beyond any detector and any memory
 VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
@@ -215,8 +217,9 @@ class FlowDiffTrainingConfig:
 class InferenceConfig:
     """Phase 4, inference.py: G(x), the anomaly map, the score."""
 
-    # plain is the formula below; calibrated fuses many views of what G changed, as normals teach (CalibrationConfig)
-    method: Literal["plain", "calibrated"] = "plain"
+    # how a change becomes a map: reader asks a network that learnt on corrupted normals (ReaderConfig), plain is the
+    # formula below, statistical fuses many views of what G changed, as normals teach (CalibrationConfig)
+    method: Literal["reader", "plain", "statistical"] = "reader"
     noise_level: float = 0.4  # how far G walks out; 0 changes nothing, 1 forgets the image. Useful: 0.2 to 0.5
     solver: Solver = "euler"  # how G walks back
     steps: int = 8  # steps of that walk; one_step takes one
@@ -251,45 +254,6 @@ class InferenceConfig:
 
 
 @dataclass(frozen=True)
-class CalibrationConfig:
-    """Phase 4, method calibrated: how views of what G changed become one map."""
-
-    views: tuple[str, ...] = (  # anomaly.py says what each is
-        *("vae_residual", "residual", "change", "formula", "formula_of_change"),
-        *("latent_distance", "heads", "latent_change"),
-    )
-    levels: tuple[float, ...] = (0.1, 0.2, 0.3)  # noise levels of the views: low keep detail, high remove more
-    blurs: tuple[float, ...] = (0.004, 0.008, 0.016)  # of each view, as shares of the height: half a lesion's radius
-    alignment: float = 0.012  # sigma of the neighbourhood that shares its statistics: panoramics align only roughly
-    smallest_spread: float = 0.3  # of a view's mean spread; a pixel's own spread below it (in air) is not believed
-    largest_deviation: float = 10.0  # standard deviations; beyond, more of the same says nothing new
-    regularization: float = 0.01  # C of the logistic regression; less: smaller weights, as the views are much alike
-    corrupted: int = 160  # corrupted validation normals that the fusion of the views is fitted to
-    pixels_inside: int = 300  # drawn from what changed in each corrupted image
-    pixels_outside: int = 600  # drawn from the rest of it
-    pixels_normal: int = 2000  # drawn from each normal
-    smallest_corruption: float = 0.012  # radius of a corruption as a share of the height, log-uniform from here
-    largest_corruption: float = 0.20  # up to here
-    most_corruptions: int = 4  # in one image
-    least_change: float = 0.08  # mean change inside a corruption, in units of [-1, 1], that counts as one
-
-    def __post_init__(self):
-        inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
-        require(inside, f"calibration.levels needs noise levels in (0, 1), got {self.levels}")
-        require(len(self.views) > 0, "calibration.views needs at least one view; anomaly.py names them")
-        inside = len(self.blurs) > 0 and all(0 <= blur < 1 for blur in self.blurs)
-        require(inside, f"calibration.blurs needs shares of the height in [0, 1), got {self.blurs}")
-        require_ranges("calibration", self, ("alignment", "smallest_spread"), 0, 1)
-        require_positive("calibration", self, ("regularization",))
-        require_ranges("calibration", self, ("largest_deviation",), 0.1, 1e4)
-        require_ranges("calibration", self, ("least_change",), 0.001, 0.5)  # more, and few corruptions would reach it
-        require_ranges("calibration", self, ("corrupted", "pixels_inside", "pixels_outside", "pixels_normal"), 1, 10**6)
-        require_ranges("calibration", self, ("most_corruptions",), 1, 100)
-        ordered = 0 < self.smallest_corruption <= self.largest_corruption < 1
-        require(ordered, "calibration.smallest_corruption must not lie above largest_corruption, both in (0, 1)")
-
-
-@dataclass(frozen=True)
 class RuntimeConfig:
     """Device, precision, seed and tracking, the same in every phase."""
 
@@ -320,6 +284,7 @@ class Config:
     flowdiff: FlowDiffTrainingConfig = field(default_factory=FlowDiffTrainingConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    reader: ReaderConfig = field(default_factory=ReaderConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self):

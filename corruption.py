@@ -1,30 +1,52 @@
 """Leaf: what does not belong, generic corruptions of a normal radiograph that teach how to read what G changed.
 
-A corruption is a random shape with a random content at a random place. It imitates no disease.
+A corruption is a random shape with a random fill at a random place. It imitates no disease. A fill is one function
+and its name in FILLS.
 """
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from scipy.ndimage import gaussian_filter, map_coordinates, zoom
 
-from config import CalibrationConfig
+from checks import UsageError
+
+
+class Settings(Protocol):
+    """What a config says of corruptions; radii are shares of the image's height."""
+
+    smallest_corruption: float
+    largest_corruption: float
+    fewest_corruptions: int
+    most_corruptions: int
+    least_change: float
+    fills: tuple[str, ...]
 
 
 def corrupt(
-    image: np.ndarray, donor: np.ndarray, random: np.random.Generator, settings: CalibrationConfig
+    image: np.ndarray, donor: np.ndarray, random: np.random.Generator, settings: Settings
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A copy of `image` with foreign shapes in it, one to settings.most_corruptions, and where they are.
+    """A copy of `image` with foreign shapes in it, fewest_corruptions to most_corruptions, and where they are.
 
     image, donor: float32 (H, W) in [-1, 1]; the donor, another normal radiograph, lends what is pasted.
     Returns the corrupted image, float32 (H, W) in [-1, 1], and the changed pixels, bool (H, W).
     """
     corrupted = image.copy()
     changed = np.zeros(image.shape, bool)
-    wanted = int(random.integers(1, settings.most_corruptions + 1))
-    tries = 3 * wanted
-    while wanted > 0 and (tries > 0 or not changed.any()):  # a shape that changes nothing is drawn again
-        tries -= 1
+    wanted = int(random.integers(settings.fewest_corruptions, settings.most_corruptions + 1))
+    tries = 0
+    most = 3 * wanted
+    while wanted > 0 and (tries < most or not changed.any()):  # a shape that changes nothing is drawn again
+        tries += 1
+        if tries > 1000:
+            raise UsageError(
+                f"fills {', '.join(settings.fills)} change a radiograph by less than least_change = "
+                f"{settings.least_change}: lower it, or name other fills"
+            )
         box, opacity, radius = _draw_shape(image.shape, random, settings)
-        content = CONTENTS[random.integers(len(CONTENTS))](corrupted[box], donor, opacity, radius, random)
+        fill = FILLS[settings.fills[random.integers(len(settings.fills))]]
+        content = fill(corrupted[box], donor, opacity, radius, random)
         mixed = np.clip(corrupted[box] + opacity * (content - corrupted[box]), -1, 1)
         difference = np.abs(mixed - corrupted[box])
         inside = opacity > 0.5
@@ -37,7 +59,7 @@ def corrupt(
 
 
 def _draw_shape(
-    size: tuple[int, int], random: np.random.Generator, settings: CalibrationConfig
+    size: tuple[int, int], random: np.random.Generator, settings: Settings
 ) -> tuple[tuple[slice, slice], np.ndarray, float]:
     """Where a shape lies, its opacity there in [0, 1], and its radius in pixels."""
     height, width = size
@@ -107,6 +129,14 @@ def stroke(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Gene
     return _soften(distance, thickness, random)
 
 
+def bar(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
+    """A straight rod with rounded ends, two to five times as long as wide."""
+    u, v = _turn(dy, dx, random)
+    half_width = radius / np.sqrt(random.uniform(2, 5))
+    length = radius**2 / half_width - half_width  # so that its area is about that of a circle of this radius
+    return _soften(half_width - np.hypot(np.maximum(np.abs(u) - length, 0), v), half_width, random)
+
+
 def cloud(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Generator) -> np.ndarray:
     """Patches of a smooth random field within a circle."""
     field = _smooth_noise(dy.shape, max(1.0, radius * random.uniform(0.2, 0.6)), random)
@@ -114,7 +144,7 @@ def cloud(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Gener
     return (inside * np.clip(0.5 + random.uniform(1, 4) * (field + random.uniform(-0.3, 0.6)), 0, 1)).astype(np.float32)
 
 
-SHAPES = (ellipse, ellipse, polygon, stroke, cloud)
+SHAPES = (ellipse, ellipse, polygon, stroke, bar, cloud)
 
 
 def level(
@@ -176,7 +206,60 @@ def rim(
     return here + change * (1 - (1 + random.uniform(0.3, 1.2)) * border)
 
 
-CONTENTS = (level, offset, offset, shade, shade, texture, paste, smear, rim)
+def saturate(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
+    """As bright, or as dark, as anything in the image, with a little texture."""
+    end = 1 if random.random() < 0.75 else -1
+    return end - end * random.uniform(0, 0.2) + random.uniform(0, 0.05) * random.standard_normal(here.shape)
+
+
+def noise(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
+    """Uncorrelated noise, pixel by pixel."""
+    return here + random.uniform(0.1, 0.4) * random.standard_normal(here.shape)
+
+
+def graft(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
+    """The structure of another place at the grey level of this one: a seam that only its texture gives away."""
+    foreign, wide = paste(here, donor, opacity, radius, random), max(1.0, radius * random.uniform(0.4, 1))
+    return gaussian_filter(here, wide) + random.uniform(0.6, 1.6) * (foreign - gaussian_filter(foreign, wide))
+
+
+def warp(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
+    """The same structures, pushed aside."""
+    rows, columns = np.mgrid[: here.shape[0], : here.shape[1]].astype(np.float32)
+    reach = radius * random.uniform(0.3, 0.9)
+    grain = max(2.0, radius * random.uniform(0.5, 1.5))
+    moved = [at + reach * _smooth_noise(here.shape, grain, random) for at in (rows, columns)]
+    return map_coordinates(here, moved, order=1, mode="nearest")
+
+
+def remove(
+    here: np.ndarray, donor: np.ndarray, opacity: np.ndarray, radius: float, random: np.random.Generator
+) -> np.ndarray:
+    """Painted over from what lies around, as if the structure had never been there."""
+    outside, wide = 1 - opacity + 1e-3, max(1.0, 0.6 * radius)
+    around = gaussian_filter(here * outside, wide) / gaussian_filter(outside, wide)
+    return around + random.uniform(0, 0.06) * _smooth_noise(here.shape, 1.5, random)
+
+
+FILLS = {
+    fill.__name__: fill
+    for fill in (level, offset, shade, texture, paste, smear, rim, saturate, noise, graft, warp, remove)
+}
+
+
+def check_fills(names: Sequence[str], where: str) -> None:
+    """UsageError for a fill that nobody knows."""
+    unknown = [name for name in names if name not in FILLS]
+    if unknown:
+        raise UsageError(f"{where}: {unknown[0]} is unknown, choose from {', '.join(FILLS)}")
 
 
 def _smooth_noise(shape: tuple[int, int], grain: float, random: np.random.Generator) -> np.ndarray:

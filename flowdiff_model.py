@@ -35,10 +35,14 @@ class FlowDiffUNet(nn.Module):
 
     def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(noise_hat, velocity_hat), both (B, C, h, w), from z_t (B, C, h, w) at unit variance and t (B,) in [0, 1]."""
+        return self.heads_and_features(z_t, t)[:2]
+
+    def heads_and_features(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same, and the trunk's last features (B, F, h, w), which both heads read."""
         located = torch.cat([z_t, _positions(z_t)], dim=1)  # (B, C + 2, h, w)
         timestep = 1000 * t  # diffusers' embedding expects it in [0, 1000)
         features = self.trunk(located, timestep).sample  # (B, F, h, w)
-        return self.noise_head(features), self.velocity_head(features)
+        return self.noise_head(features), self.velocity_head(features), features
 
 
 def _head(features: int, channels: int, groups: int) -> nn.Sequential:

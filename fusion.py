@@ -67,6 +67,7 @@ class PixelSample:
         regression = LogisticRegression(
             solver="newton-cholesky", C=self.settings.regularization, tol=1e-8, max_iter=100
         )
-        regression.fit(np.concatenate(self.rows), np.concatenate(self.answers))
+        rows = np.concatenate(self.rows).astype(np.float64)  # in float32 the slope would never be 0 enough
+        regression.fit(rows, np.concatenate(self.answers))
         weights = torch.from_numpy(regression.coef_[0]).float()
         return Fusion(weights, float(regression.intercept_[0]), self.settings.largest_deviation)

@@ -1,18 +1,21 @@
 """Phase 4: what G(x) changed is the anomaly.
 
 Reads   radiographs (data.test, or the test split of data.root) and the checkpoints of phases 1 and 3; where
-outputs/calibration/ has nothing that belongs to them, also the validation normals of data.root Writes
-outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image, metrics.json
-where labels exist, and lookup_local_only.csv, the one file that says which source each index is;
-outputs/calibration/METHOD.npz and .json: what normals say, made once and read by every later examination
+        outputs/calibration/ has nothing that belongs to them, also the training and validation normals of data.root
+Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image,
+        metrics.json where labels exist, and lookup_local_only.csv, the one file that says which source each index is;
+        outputs/calibration/: reader.pt, and METHOD.npz and .json, what normals say; made once, read by every later
+        examination
 
-map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| + gamma_hf |Laplacian x - Laplacian G(x)|     (method plain)
+reader       map = how foreign a small network finds each place, in standard deviations of validation normals
+plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| + gamma_hf |Laplacian x - Laplacian G(x)|
+statistical  map = many views of what G changed, in standard deviations of validation normals, fused
 score = mean of the top_share highest values of the map
 
-Thresholds, p-values and colour scales come from the validation normals alone: at most image_fpr of their scores and
-pixel_fpr of their pixels lie above. No score depends on another test image. Labels are used for metrics.json and
-nothing else. Look for: lesions bright and teeth dark in the final map, scores of normals near those of the validation
-normals.
+The reader learns on corrupted training normals. Thresholds, p-values and colour scales come from the validation normals
+alone: at most image_fpr of their scores and pixel_fpr of their pixels lie above. No score depends on another test
+image. Labels are used for metrics.json and nothing else. Look for: lesions bright and teeth dark in the final map,
+scores of normals near those of the validation normals.
 """
 
 import os
@@ -22,20 +25,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from anomaly import image_score
-from calibration import Calibration, calibrate, shaping
+from calibration import Calibration, magnification_of, top_share_of
 from checks import UsageError
 from command_line import parse_command
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
+from examination import calibration_of, magnified, records_to_examine, refuse_known_content
 from files import write_binary, write_csv, write_json
 from image_ops import residual_components
 from metrics import false_positive_interval, summarize
 from normalizer import Examined, Normalizer
 from radiographs.geometry import unfit_map
-from radiographs.manifest import Record, describe_patients, list_records, split_records
+from radiographs.manifest import Record
 from reporting.figures import ColourScale, save_result
 from reporting.lookup import Pseudonyms
 from reporting.summary import metrics_table
@@ -76,11 +81,11 @@ def main() -> None:
     threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
     drawn = figures_to_draw(records, settings.figures)
     with tqdm(total=len(records), desc="phase 4", unit="image") as progress:
-        for batch in read_batches(records, config.data, settings.batch_size, errors):
+        for batch in read_batches(records, magnified(config), settings.batch_size, errors):
             images = torch.stack([torch.from_numpy(sample.image) for _, sample in batch]).unsqueeze(1)
-            seen = model.examine(images, levels_of(config))
+            seen = model.examine(images, magnification_of(config))
             maps = calibration.anomaly_map(seen, config)
-            scores = image_score(maps, settings.top_share).tolist()
+            scores = image_score(maps, top_share_of(config)).tolist()
             for position, (index, sample) in enumerate(batch):
                 refuse_known_content(model, sample, index, config)
                 record, score, anomaly_map = records[index], scores[position], maps[position, 0].cpu().numpy()
@@ -109,97 +114,6 @@ def main() -> None:
         write_json(fresh / "metrics.json", metrics)
     publish(fresh, out)
     report(findings, len(errors), calibration, metrics, config)
-
-
-def levels_of(config: Config) -> tuple[float, ...]:
-    """The noise levels that the method looks at beside G(x) itself."""
-    return () if config.inference.method == "plain" else config.calibration.levels
-
-
-# ---------------------------------------------------------------- whom to examine, whom to compare with
-
-
-def records_to_examine(model: Normalizer, config: Config) -> list[Record]:
-    """The files of data.test, or the test split of data.root.
-
-    UsageError if there are none, or if patients trained or validated the networks.
-    """
-    if config.data.test:
-        records = list_records(config.data.test, config.data.patient_from, "data.test")
-    else:
-        everyone = list_records(config.data.root, config.data.patient_from)
-        records = split_records(everyone, config.data)["test"]
-    if not records:
-        raise UsageError(
-            f"{config.data.root} has no test split: name the radiographs to examine with --data.test, a folder or a "
-            "manifest.csv"
-        )
-    print(f"to examine: {len(records)} radiographs of {describe_patients(records)}")
-    known = [record for record in records if model.knows(patient_of(record, config), "")]
-    if known and not config.inference.examine_training_patients:
-        raise UsageError(
-            f"{len(known)} of {len(records)} radiographs are of patients who trained or validated the networks: their "
-            "scores would flatter, so leave them out, or say --inference.examine-training-patients True"
-        )
-    return records
-
-
-def patient_of(record: Record, config: Config) -> str | None:
-    """The patient, where a name means the same as in training: 001.png of another folder is somebody else."""
-    named = record.patient_rule in ("header", "manifest")
-    return record.patient if named or not config.data.test else None
-
-
-def refuse_known_content(model: Normalizer, sample: Sample, index: int, config: Config) -> None:
-    """UsageError if this very picture trained or validated the networks, whatever its name."""
-    if not config.inference.examine_training_patients and model.knows(None, sample.digest):
-        raise UsageError(
-            f"radiograph {index:03d} of those to examine (counted from 0) trained or validated the networks, perhaps "
-            "under another name: leave it out, or say --inference.examine-training-patients True"
-        )
-
-
-def calibration_of(model: Normalizer, config: Config) -> Calibration:
-    """What normals say: read where it was made for these checkpoints and settings, made and saved otherwise."""
-    folder, method = Path(config.inference.calibration), config.inference.method
-    known = Calibration.load(folder, method)
-    if known is not None and known.belongs_to == shaping(model, config):
-        print(
-            f"calibration read from {folder}: {len(known.scores)} validation normals, whatever data.root holds now "
-            "(remove the folder to renew it)"
-        )
-        return known
-    if known is not None:
-        print(f"the calibration in {folder} belongs to other checkpoints or settings: made anew")
-    made = calibrate(model, read_normals(model, config), config)
-    made.save(folder)
-    return made
-
-
-def read_normals(model: Normalizer, config: Config) -> np.ndarray:
-    """The validation normals that trained neither network, (N, H, W).
-
-    UsageError if none is left or too many are unreadable.
-    """
-    records = split_records(list_records(config.data.root, config.data.patient_from), config.data)["val"]
-    images, errors, trained = [], [], 0
-    for batch in read_batches(records, config.data, config.inference.batch_size, errors):
-        for index, sample in batch:
-            if model.trained_on(records[index].patient, sample.digest):
-                trained += 1
-            else:
-                images.append(sample.image)
-    report = Path(config.inference.calibration) / "skipped_files.csv"
-    report_skipped(errors, len(records), report)
-    refuse_too_many_bad(len(errors), len(records), config.data, report)
-    if trained:
-        print(f"{trained} of {len(records)} validation normals trained the networks and are left out")
-    if not images:
-        raise UsageError(
-            f"no validation normal of {config.data.root} is left: thresholds need radiographs that trained neither "
-            "network; point data.root at the normals of phase 1"
-        )
-    return np.stack(images)
 
 
 # ---------------------------------------------------------------- results
@@ -271,7 +185,9 @@ def draw(
 ) -> None:
     """result_XXX.png: six panels, the score in the title, the outline where there is a mask."""
     l1, gradient, _ = residual_components(seen.x, seen.normal)
-    panels = (panel[position, 0].cpu().numpy() for panel in (seen.x, seen.normal, l1, gradient))
+    size = anomaly_map.shape
+    larger = [F.interpolate(panel[position : position + 1], size=size) for panel in (seen.normal, l1, gradient)]
+    panels = (panel[0, 0].cpu().numpy() for panel in (seen.detail[position : position + 1], *larger))
     save_result(path, *panels, anomaly_map, title, scale, mask)
 
 

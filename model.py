@@ -37,6 +37,23 @@ class RadiographVAE(nn.Module):
             return encoded.latent_dist.mean, encoded.latent_dist.logvar
         return encoded.latents, None
 
+    def encode_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The mean of the posterior, and the encoder's last features at strides 1, 2 and 4 of x, finest first."""
+        encoder, by_size = self.autoencoder.encoder, {}
+        blocks = encoder.down_blocks if self.has_posterior else encoder.layers
+        layers = [layer for block in blocks for layer in getattr(block, "resnets", [block])]
+
+        def keep(layer: nn.Module, given: tuple, made: Tensor) -> None:
+            by_size[made.shape[-1]] = made
+
+        hooks = [layer.register_forward_hook(keep) for layer in layers]
+        try:
+            mean, _ = self.encode(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return mean, [by_size[x.shape[-1] // stride] for stride in (1, 2, 4)]
+
     def decode(self, z: Tensor) -> Tensor:
         """x (B, 1, H, W), near [-1, 1] but not clipped to it."""
         return self.autoencoder.decode(z).sample.mean(dim=1, keepdim=True)

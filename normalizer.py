@@ -5,22 +5,24 @@ normal version.
     x = G.read("radiograph.dcm")            # (1, 1, H, W) in [-1, 1], prepared as in training
     normal = G(x)                           # the same shape; what it changed is the anomaly
 
-`examine` says more: G's one-step estimates at several noise levels, which `anomaly.py` looks at. Images are (B, 1, H,
-W).
+`examine` says more: G's one-step estimates at several noise levels and what the networks felt on the way, which
+`anomaly.py` and `reader.py` look at; nothing is decoded before somebody asks for it. Images are (B, 1, H, W).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from checks import UsageError
 from config import DataConfig, InferenceConfig, UNetConfig, rebuild_phase
 from files import load_checkpoint, sha256
 from flowdiff_model import FlowDiffUNet
-from flowdiff_process import clean_from_noise, clean_from_velocity, interpolate, normalizer, two_heads
+from flowdiff_process import at_unit_variance, clean_from_noise, clean_from_velocity, interpolate, normalizer, two_heads
 from latent_dataset import LatentStandard
 from model import RadiographVAE, rebuild_vae
 from radiographs.geometry import fit_image
@@ -35,18 +37,58 @@ class Estimate:
 
     z: Tensor  # of the flow head, standardized, (B, C, h, w)
     z_diffusion: Tensor  # of the diffusion head
-    x: Tensor  # of the flow head, decoded and clipped to [-1, 1], (B, 1, H, W)
+    features: Tensor  # of the last layer that the two heads share, (B, F, h, w)
+    decoded: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The estimate of the flow head as an image, clipped to [-1, 1], (B, 1, H, W)."""
+        return self.decoded(self.z)
 
 
-@dataclass(frozen=True)
 class Examined:
-    """What G says of a batch before any judgement; images (B, 1, H, W), latents (B, C, h, w)."""
+    """What the networks say of a batch before any judgement, each made when it is first asked for.
 
-    x: Tensor
-    z: Tensor  # the encoded image, standardized
-    normal: Tensor  # G(x), clipped to [-1, 1]
-    reconstruction: Tensor  # dec(enc(x)), clipped to [-1, 1]: the error G would make if it changed nothing
-    estimates: dict[float, Estimate]  # by noise level
+    detail (B, 1, k H, k W) is the batch as it was read, k = 1 or more; x (B, 1, H, W), its k x k means, is what the
+    networks see.
+    """
+
+    def __init__(self, model: "Normalizer", detail: Tensor, magnification: int = 1):
+        self.model = model
+        self.detail = detail.to(model.device)
+        self.x = F.avg_pool2d(self.detail, magnification) if magnification > 1 else self.detail
+        self._estimates: dict[float, Estimate] = {}
+
+    @cached_property
+    def _with_features(self) -> tuple[Tensor, list[Tensor]]:
+        return self.model.encode_with_features(self.x)
+
+    @cached_property
+    def z(self) -> Tensor:
+        """The latent of x, standardized, (B, C, h, w)."""
+        known = "_with_features" in self.__dict__
+        return self._with_features[0] if known else self.model.encode(self.x)
+
+    @property
+    def encoder_features(self) -> list[Tensor]:
+        """What the encoder felt at strides 1, 2 and 4 of x, (B, F, H, W) and smaller; ask before z to encode once."""
+        return self._with_features[1]
+
+    @cached_property
+    def normal(self) -> Tensor:
+        """G(x), clipped to [-1, 1], shape of x."""
+        return self.model.decode(self.model.normal_latent(self.z))
+
+    @cached_property
+    def reconstruction(self) -> Tensor:
+        """dec(enc(x)), clipped to [-1, 1]: the error G would make if it changed nothing."""
+        return self.model.decode(self.z)
+
+    def estimate(self, level: float) -> Estimate:
+        """The one-step estimates from this noise level."""
+        if level not in self._estimates:
+            self._estimates[level] = self.model.estimate(self.z, level)
+        return self._estimates[level]
 
 
 class Normalizer:
@@ -126,38 +168,44 @@ class Normalizer:
         """G(x), clipped to [-1, 1], shape of x."""
         return self.decode(self.normal_latent(self.encode(x.to(self.device))))
 
-    @torch.no_grad()
-    def examine(self, x: Tensor, levels: Sequence[float] = ()) -> Examined:
-        """Everything about a batch of images (B, 1, H, W) in [-1, 1], with one-step estimates at these levels."""
-        x = x.to(self.device)
-        z = self.encode(x)
-        estimates = {level: self.estimate(z, level) for level in levels}
-        return Examined(x, z, self.decode(self.normal_latent(z)), self.decode(z), estimates)
+    def examine(self, detail: Tensor, magnification: int = 1) -> Examined:
+        """Everything about a batch (B, 1, k H, k W) in [-1, 1], k the magnification; it is made when asked for."""
+        return Examined(self, detail, magnification)
 
     def encode(self, x: Tensor) -> Tensor:
         """The standardized latent of x, (B, C, h, w)."""
         return self.standard.standardize(self.vae.encode(x)[0])
 
+    @torch.no_grad()
+    def encode_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The standardized latent of x, and what the encoder felt on the way at strides 1, 2 and 4."""
+        mean, features = self.vae.encode_with_features(x)
+        return self.standard.standardize(mean), features
+
+    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """The image of a standardized latent, clipped to [-1, 1]."""
         return self.vae.decode(self.standard.raw(z)).clamp(-1, 1)
 
+    @torch.no_grad()
     def normal_latent(self, z: Tensor) -> Tensor:
         """G(z), the mean over the draws, (B, C, h, w)."""
         level, steps, solver = self.settings.noise_level, self.settings.steps, self.settings.solver
         heads = two_heads(self.network)
         return torch.stack([normalizer(heads, z, level, noise, steps, solver) for noise in self.draws(z)]).mean(0)
 
+    @torch.no_grad()
     def estimate(self, z: Tensor, level: float) -> Estimate:
         """One step back from this noise level by each head, the mean over the draws."""
-        by_flow, by_diffusion = torch.zeros_like(z), torch.zeros_like(z)
+        by_flow, by_diffusion, features = torch.zeros_like(z), torch.zeros_like(z), 0
         t = torch.full((len(z),), level, device=z.device)
         for noise in self.draws(z):
             z_t = interpolate(z, noise, level)
-            noise_hat, velocity = two_heads(self.network)(z_t, t)
+            noise_hat, velocity, shared = self.network.heads_and_features(at_unit_variance(z_t, t), t)
             by_flow += clean_from_velocity(z_t, velocity, t) / self.settings.draws
             by_diffusion += clean_from_noise(z_t, noise_hat, t) / self.settings.draws
-        return Estimate(by_flow, by_diffusion, self.decode(by_flow))
+            features = features + shared / self.settings.draws
+        return Estimate(by_flow, by_diffusion, features, self.decode)
 
     def draws(self, z: Tensor) -> list[Tensor]:
         """The noise of each draw, the shape of z.

@@ -297,10 +297,10 @@ def read_log(folder: Path | str) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _whole_rows(path: Path) -> list[list[str]]:
-    """The rows of a log below its header, less a last one that a power cut tore."""
-    with open(path, newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    return [row for row in rows if len(row) == 3 and row[2]]
+    """The rows of a log below its header, less what a power cut or a full disk made of them."""
+    text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
+    rows = list(csv.reader(text.splitlines()))[1:]
+    return [row for row in rows if len(row) == 3 and row[0].isdecimal() and row[2]]
 
 
 class Meter:

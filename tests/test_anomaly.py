@@ -1,6 +1,6 @@
 """Views, formula and score against values worked out by hand."""
 
-import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +10,6 @@ import torch
 from anomaly import IMAGE_VIEWS, VIEWS, blur_share, check_views, image_score, plain_map, stacked_views, views_of
 from checks import UsageError
 from config import CalibrationConfig, InferenceConfig
-from normalizer import Estimate, Examined
 
 SETTINGS = InferenceConfig(alpha_l1=2.0, beta_grad=3.0, gamma_hf=5.0)
 
@@ -23,8 +22,10 @@ def flat(value, channels=1, size=(16, 32)):
 def seen():
     """x = 0.5, its reconstruction 0.4, G(x) = 0.1; latents 1, 2, 3, 4 moved by 0.5, heads 0.2 apart."""
     z = torch.arange(1.0, 5.0).reshape(1, 4, 1, 1).expand(1, 4, 2, 4)
-    estimates = {level: Estimate(z - 0.5, z - 0.7, flat(0.1)) for level in (0.1, 0.3)}
-    return Examined(flat(0.5), z, flat(0.1), flat(0.4), estimates)
+    estimate = SimpleNamespace(z=z - 0.5, z_diffusion=z - 0.7, x=flat(0.1))
+    return SimpleNamespace(
+        x=flat(0.5), z=z, normal=flat(0.1), reconstruction=flat(0.4), estimate=lambda level: estimate
+    )
 
 
 CLOSED_FORM = {
@@ -40,7 +41,7 @@ CLOSED_FORM = {
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_each_view_of_flat_images_has_its_value_everywhere(name, seen):
-    view = VIEWS[name](seen, seen.estimates[0.1], SETTINGS)
+    view = VIEWS[name](seen, seen.estimate(0.1), SETTINGS)
     torch.testing.assert_close(view, torch.full_like(view, CLOSED_FORM[name]))
 
 
@@ -49,9 +50,9 @@ def test_the_residual_of_the_autoencoder_is_x_minus_its_reconstruction(seen):
 
 
 def test_residuals_keep_their_sign(seen):
-    darker = dataclasses.replace(seen, x=flat(-0.5), reconstruction=flat(-0.6))
+    darker = SimpleNamespace(x=flat(-0.5), reconstruction=flat(-0.6))
     for name, value in (("residual", -0.6), ("change", -0.7)):
-        torch.testing.assert_close(VIEWS[name](darker, seen.estimates[0.1], SETTINGS), flat(value))
+        torch.testing.assert_close(VIEWS[name](darker, seen.estimate(0.1), SETTINGS), flat(value))
 
 
 def test_views_are_named_by_what_they_are_and_their_noise_level(seen):

@@ -133,7 +133,7 @@ def config_with(method, **changes):
     return Config(inference=inference, calibration=settings)
 
 
-@pytest.fixture(scope="module", params=["plain", "calibrated"])
+@pytest.fixture(scope="module", params=["plain", "statistical"])
 def made(request):
     config = config_with(request.param)
     model = tiny_normalizer(config.inference)
@@ -158,14 +158,14 @@ def test_views_are_named_in_the_calibration(made):
         "latent_distance@0.2",
     ]
     names += ["heads@0.2", *(f"latent_change.{channel}@0.2" for channel in range(4))]
-    assert list(known.view_names) == (names if known.method == "calibrated" else [])
+    assert list(known.view_names) == (names if known.method == "statistical" else [])
 
 
 def test_a_saved_calibration_gives_the_same_maps(made, tmp_path):
     config, model, known = made
     known.save(tmp_path)
     again = Calibration.load(tmp_path, known.method)
-    seen = model.examine(torch.from_numpy(images(2)).unsqueeze(1), config.calibration.levels)
+    seen = model.examine(torch.from_numpy(images(2)).unsqueeze(1))
     torch.testing.assert_close(again.anomaly_map(seen, config), known.anomaly_map(seen, config))
     assert (again.belongs_to, again.view_names, again.scale) == (known.belongs_to, known.view_names, known.scale)
     np.testing.assert_array_equal(again.scores, known.scores)
@@ -174,8 +174,8 @@ def test_a_saved_calibration_gives_the_same_maps(made, tmp_path):
 def test_the_batch_size_changes_no_map(made):
     config, model, known = made
     batch = torch.from_numpy(images(4)).unsqueeze(1)
-    together = known.anomaly_map(model.examine(batch, config.calibration.levels), config)
-    alone = [known.anomaly_map(model.examine(one, config.calibration.levels), config) for one in batch.split(1)]
+    together = known.anomaly_map(model.examine(batch), config)
+    alone = [known.anomaly_map(model.examine(one), config) for one in batch.split(1)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -218,7 +218,7 @@ def test_a_damaged_calibration_is_refused_and_names_the_folder_to_remove(damage,
         Calibration.load(tmp_path, "plain")
 
 
-@pytest.mark.parametrize(("method", "count"), [("plain", 0), ("calibrated", 1)])
+@pytest.mark.parametrize(("method", "count"), [("plain", 0), ("statistical", 1)])
 def test_too_few_normals_are_refused(method, count):
     config = config_with(method)
     with pytest.raises(UsageError, match="too few validation normals"):
@@ -226,6 +226,6 @@ def test_too_few_normals_are_refused(method, count):
 
 
 def test_an_unknown_view_is_refused_before_anything_is_computed():
-    config = config_with("calibrated", views=("residual", "gaze"))
+    config = config_with("statistical", views=("residual", "gaze"))
     with pytest.raises(UsageError, match="gaze is unknown"):
         calibrate(None, images(), config)

