@@ -23,57 +23,19 @@ from tqdm import tqdm
 
 from anomaly import blur_share, check_views, image_score, plain_map, stacked_views, views_of
 from checks import UsageError
-from config import Config
-from config_reading import CalibrationConfig, ReaderConfig
+from config import Config, rebuild_phase
 from corruption import check_fills, corrupt
 from files import sha256, write_binary, write_json
-from fusion import Fusion, PixelSample
+from fusion import Fusion, PixelSample, ScoreFusion, left_out_scores
 from image_ops import residual_components
 from metrics import threshold_from_normals
 from normalizer import Examined, Normalizer
 from reader import Reader
-from standardization import PixelStatistics, pixel_statistics
+from standardization import NormalViews, PixelStatistics, features
 
-FORMAT = 1
+FORMAT = 2
+PLAIN_BLUR = 0.008  # of the plain map, a share of the height: calms its speckle before the highest values are taken
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
-
-
-def features(views: Tensor, settings: CalibrationConfig | ReaderConfig) -> Tensor:
-    """The views at every blur, (B, F, H, W), float32; the reader's logit as it is."""
-    views = views.float()
-    if isinstance(settings, ReaderConfig):
-        return views
-    return torch.cat([blur_share(views, blur) for blur in settings.blurs], dim=1)
-
-
-class NormalViews:
-    """The views of all validation normals (N, V, H, W), N >= 2, with their statistics.
-
-    Left out of its own statistics, a validation normal scores as a new normal would; kept in, its scores would be too
-    low and every threshold from them too strict.
-    """
-
-    def __init__(self, views: Tensor, settings: CalibrationConfig | ReaderConfig):
-        self.views = views.half()  # the one thing here whose size grows with N
-        self.settings = settings
-        self.total, self.squares = 0, 0
-        for index in range(len(views)):
-            own = self.features(index)
-            self.total = self.total + own
-            self.squares = self.squares + own.square()
-
-    def features(self, index: int) -> Tensor:
-        """The features of one normal, (1, F, H, W)."""
-        return features(self.views[index : index + 1], self.settings)
-
-    def statistics(self) -> PixelStatistics:
-        """Of all normals."""
-        return pixel_statistics(self.total, self.squares, len(self.views), self.settings)
-
-    def statistics_without(self, index: int) -> PixelStatistics:
-        """Of all normals but one."""
-        own = self.features(index)
-        return pixel_statistics(self.total - own, self.squares - own.square(), len(self.views) - 1, self.settings)
 
 
 @dataclass(frozen=True)
@@ -91,6 +53,13 @@ class Calibration:
     statistics: PixelStatistics | None = None  # of the features; None for the plain map
     fusion: Fusion | None = None
     reader: Reader | None = None
+    score_fusion: ScoreFusion | None = None  # of the reader's map and of the plain one
+
+    def scores_of(self, seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
+        """The score (B,) of each image of a batch whose final maps (B, 1, H, W) are these."""
+        if self.score_fusion is None:
+            return image_score(maps, config.inference.top_share).cpu().numpy()
+        return self.score_fusion.score(readings_of(seen, maps, config))
 
     def score_threshold(self, image_fpr: float) -> float:
         """The score that at most this share of the validation normals exceeds."""
@@ -127,6 +96,7 @@ class Calibration:
         named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error")
         content = {name: getattr(self, name) for name in named}
         views = {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}
+        views["score_fusion"] = asdict(self.score_fusion) if self.score_fusion else None
         write_json(description, {"format": FORMAT, **content, **views, "arrays_sha256": sha256(path)})
 
     @classmethod
@@ -138,22 +108,27 @@ class Calibration:
         try:
             content = json.loads(description.read_text())
             whole = content.pop("format") == FORMAT and content.pop("arrays_sha256") == sha256(path)
-            arrays = dict(np.load(path, allow_pickle=False)) if whole else None
+            known = cls._of(content, dict(np.load(path, allow_pickle=False)), reader) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{description} is damaged ({error}): remove {description.parent} to make it anew"
             ) from error
-        if arrays is None:
+        if known is None:
             raise UsageError(
                 f"{path} is not what {description.name} describes: remove {description.parent} to make it anew"
             )
-        largest, names = content.pop("largest"), tuple(content.pop("view_names"))
+        return known
+
+    @classmethod
+    def _of(cls, content: dict, arrays: dict[str, np.ndarray], reader: Reader | None) -> "Calibration":
+        largest, names, scores = (content.pop(name) for name in ("largest", "view_names", "score_fusion"))
         statistics = fusion = None
         if "mean" in arrays:
             statistics = PixelStatistics(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"]))
         if names:
             fusion = Fusion(torch.from_numpy(arrays["weights"]), float(arrays["bias"]), largest)
-        made = {"view_names": names, "statistics": statistics, "fusion": fusion, "reader": reader}
+        made = {"view_names": tuple(names), "statistics": statistics, "fusion": fusion, "reader": reader}
+        made["score_fusion"] = rebuild_phase(ScoreFusion, scores) if scores else None
         return cls(**content, scores=arrays["scores"], **made)
 
 
@@ -164,18 +139,21 @@ def _paths(folder: str | Path, method: str) -> tuple[Path, Path]:
 def shaping(model: Normalizer, config: Config, reader: Reader | None = None) -> dict:
     """Everything that a map depends on beside the image: a calibration made under anything else does not fit."""
     walk = ("method", "noise_level", "solver", "steps", "draws", "alpha_l1", "beta_grad", "gamma_hf", "smooth_share")
-    settings = {name: getattr(config.inference, name) for name in (*walk, "pixel_fpr")}
-    settings["top_share"] = top_share_of(config)
+    settings = {name: getattr(config.inference, name) for name in (*walk, "top_share", "pixel_fpr")}
     if config.inference.method == "statistical":
         settings |= asdict(config.calibration)
     if reader is not None:
+        shares = ("top_share", "plain_weight")
+        settings |= {f"reader_{name}": getattr(config.reader, name) for name in shares}
         settings |= {"reader_sha256": reader.sha256, "smallest_verdict_spread": config.reader.smallest_verdict_spread}
     return json.loads(json.dumps({**model.identity, "seed": config.runtime.seed, **settings}))
 
 
-def top_share_of(config: Config) -> float:
-    """The share of the highest map values whose mean is the score."""
-    return config.reader.top_share if config.inference.method == "reader" else config.inference.top_share
+def readings_of(seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
+    """What the reader's map and the plain one say of each image, (B, 2): the means of their highest values."""
+    plain = blur_share(plain_map(seen.x, seen.normal, config.inference), PLAIN_BLUR)
+    share = config.reader.top_share
+    return torch.stack([image_score(maps, share), image_score(plain, share)], dim=1).cpu().numpy()
 
 
 def magnification_of(config: Config) -> int:
@@ -192,13 +170,14 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
     if method == "statistical":
         check_views(config.calibration.views)
         check_fills(config.calibration.fills, "calibration.fills")
-    if len(images) < 1 + (method != "plain"):
+    needed = {"plain": 1, "statistical": 2, "reader": 3}[method]
+    if len(images) < needed:
         raise UsageError(
-            f"too few validation normals: thresholds need one and inference.method {method} two; add some to the "
-            "split val, or use --inference.method plain"
+            f"too few validation normals: inference.method {method} needs {needed} and there are {len(images)}; add "
+            "some to the split val, or use --inference.method plain, which needs one"
         )
     survey = _survey(model, images, config, reader)
-    statistics = fusion = None
+    statistics = fusion = score_fusion = scores = None
     maps = survey.shown
     if method == "statistical":
         normals = NormalViews(survey.shown, config.calibration)
@@ -209,13 +188,16 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         normals = NormalViews(survey.shown, replace(config.reader, smallest_spread=floor))
         maps = torch.cat([_left_out(normals, index) for index in range(len(images))])
         statistics = normals.statistics()
+        survey.readings[:, 0] = image_score(maps, config.reader.top_share).numpy()
+        weights = (1.0, config.reader.plain_weight)
+        score_fusion, scores = ScoreFusion.of(survey.readings, weights), left_out_scores(survey.readings, weights)
     maps = blur_share(maps, config.inference.smooth_share)
     quantile = float(np.quantile(maps.numpy(), COLOUR_QUANTILE))
     scale = {"residual": survey.l1, "l1": survey.l1, "gradient": survey.gradient, "anomaly_map": quantile}
     return Calibration(
         method=method,
         belongs_to=shaping(model, config, reader),
-        scores=image_score(maps, top_share_of(config)).numpy(),
+        scores=image_score(maps, config.inference.top_share).numpy() if scores is None else scores,
         pixel_threshold=threshold_from_normals(maps.numpy().ravel(), config.inference.pixel_fpr),
         scale={name: max(1e-6, 2 * value) for name, value in scale.items()},
         identity_error=survey.identity_error,
@@ -224,6 +206,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         statistics=statistics,
         fusion=fusion,
         reader=reader,
+        score_fusion=score_fusion,
     )
 
 
@@ -237,12 +220,13 @@ class _Survey:
     gradient: float
     identity_error: float
     vae_error: float
+    readings: np.ndarray | None = None  # of the reader, still to come, and of the plain map, (N, 2)
 
 
 def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None) -> _Survey:
     """Examine all normals once, batch by batch."""
     method, magnification = config.inference.method, magnification_of(config)
-    shown, names, numbers = [], (), []
+    shown, names, numbers, readings = [], (), [], []
     size = config.inference.batch_size
     with tqdm(total=len(images), desc="validation normals", unit="image") as progress:
         for first in range(0, len(images), size):
@@ -252,6 +236,7 @@ def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
                 shown.append(plain_map(seen.x, seen.normal, config.inference).cpu())
             elif method == "reader":
                 shown.append(reader.logits(seen).cpu())
+                readings.append(readings_of(seen, shown[-1], config))
             else:
                 views = views_of(seen, config.calibration, config.inference)
                 names = tuple(views)
@@ -259,7 +244,7 @@ def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
             numbers.append(_numbers(seen))
             progress.update(len(batch))
     means = torch.cat(numbers).mean(0).tolist()
-    return _Survey(torch.cat(shown), names, *means)
+    return _Survey(torch.cat(shown), names, *means, np.concatenate(readings) if readings else None)
 
 
 def _numbers(seen: Examined) -> Tensor:

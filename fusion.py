@@ -71,3 +71,32 @@ class PixelSample:
         regression.fit(rows, np.concatenate(self.answers))
         weights = torch.from_numpy(regression.coef_[0]).float()
         return Fusion(weights, float(regression.intercept_[0]), self.settings.largest_deviation)
+
+
+@dataclass(frozen=True)
+class ScoreFusion:
+    """One score of an image from the scores of several readings: a weighted sum in standard deviations of normals.
+
+    The weights are given. Fitted to corrupted normals they would hear the reader alone, which has learnt what such
+    corruptions look like; the other readings are there for what nobody thought of.
+    """
+
+    centre: tuple[float, ...]
+    scale: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, normal: np.ndarray, weights: tuple[float, ...]) -> "ScoreFusion":
+        """In units of what each reading says of normals, (N, R), N at least 2."""
+        centre, scale = normal.mean(0), normal.std(0, ddof=1) + 1e-6
+        return cls(tuple(map(float, centre)), tuple(map(float, scale)), tuple(map(float, weights)))
+
+    def score(self, readings: np.ndarray) -> np.ndarray:
+        """(B,) from what the readings say of each image, (B, R)."""
+        return (readings - np.array(self.centre)) / np.array(self.scale) @ np.array(self.weights)
+
+
+def left_out_scores(normal: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
+    """The score (N,) of each normal in units of the others, N at least 3: as a new normal would score."""
+    everyone = np.arange(len(normal))
+    return np.array([ScoreFusion.of(normal[everyone != i], weights).score(normal[i : i + 1])[0] for i in everyone])

@@ -10,7 +10,8 @@ Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at t
 reader       map = how foreign a small network finds each place, in standard deviations of validation normals
 plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| + gamma_hf |Laplacian x - Laplacian G(x)|
 statistical  map = many views of what G changed, in standard deviations of validation normals, fused
-score = mean of the top_share highest values of the map
+score = mean of the top_share highest values of the map; for reader, that of its map and half that of the plain one,
+        both in standard deviations of validation normals
 
 The reader learns on corrupted training normals. Thresholds, p-values and colour scales come from the validation normals
 alone: at most image_fpr of their scores and pixel_fpr of their pixels lie above. No score depends on another test
@@ -28,8 +29,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from anomaly import image_score
-from calibration import Calibration, magnification_of, top_share_of
+from calibration import Calibration, magnification_of
 from checks import UsageError
 from command_line import parse_command
 from config import Config
@@ -85,7 +85,7 @@ def main() -> None:
             images = torch.stack([torch.from_numpy(sample.image) for _, sample in batch]).unsqueeze(1)
             seen = model.examine(images, magnification_of(config))
             maps = calibration.anomaly_map(seen, config)
-            scores = image_score(maps, top_share_of(config)).tolist()
+            scores = calibration.scores_of(seen, maps, config).tolist()
             for position, (index, sample) in enumerate(batch):
                 refuse_known_content(model, sample, index, config)
                 record, score, anomaly_map = records[index], scores[position], maps[position, 0].cpu().numpy()

@@ -29,7 +29,7 @@ from runtime import learning_rate, multiplies_bf16, set_learning_rate, stream_se
 from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
-READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread")
+READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight")
 RECIPE = 2  # raise it when code changes what a reader learns from
 READER, LAST, POOL = "reader.pt", "reader_last.pt", "reader_pool"  # in the calibration's folder
 

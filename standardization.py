@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from anomaly import blur_share
@@ -32,3 +33,41 @@ def pixel_statistics(
     std = variance.clamp_min(0).sqrt()
     smallest = settings.smallest_spread * std.mean(dim=(2, 3), keepdim=True)
     return PixelStatistics(mean, std.clamp_min(smallest).clamp_min(1e-8))
+
+
+def features(views: Tensor, settings: CalibrationConfig | ReaderConfig) -> Tensor:
+    """The views at every blur, (B, F, H, W), float32; the reader's logit as it is."""
+    views = views.float()
+    if isinstance(settings, ReaderConfig):
+        return views
+    return torch.cat([blur_share(views, blur) for blur in settings.blurs], dim=1)
+
+
+class NormalViews:
+    """The views of all validation normals (N, V, H, W), N >= 2, with their statistics.
+
+    Left out of its own statistics, a validation normal scores as a new normal would; kept in, its scores would be too
+    low and every threshold from them too strict.
+    """
+
+    def __init__(self, views: Tensor, settings: CalibrationConfig | ReaderConfig):
+        self.views = views.half()  # the one thing here whose size grows with N
+        self.settings = settings
+        self.total, self.squares = 0, 0
+        for index in range(len(views)):
+            own = self.features(index)
+            self.total = self.total + own
+            self.squares = self.squares + own.square()
+
+    def features(self, index: int) -> Tensor:
+        """The features of one normal, (1, F, H, W)."""
+        return features(self.views[index : index + 1], self.settings)
+
+    def statistics(self) -> PixelStatistics:
+        """Of all normals."""
+        return pixel_statistics(self.total, self.squares, len(self.views), self.settings)
+
+    def statistics_without(self, index: int) -> PixelStatistics:
+        """Of all normals but one."""
+        own = self.features(index)
+        return pixel_statistics(self.total - own, self.squares - own.square(), len(self.views) - 1, self.settings)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration import Calibration, NormalViews, calibrate, features, pixel_statistics, shaping
+from calibration import Calibration, calibrate, shaping
 from checks import UsageError
 from config import CalibrationConfig, Config, InferenceConfig, UNetConfig, VAEConfig
 from flowdiff_model import FlowDiffUNet
@@ -16,6 +16,7 @@ from latent_dataset import LatentStandard
 from metrics import false_positive_interval
 from model import pretrained_vae
 from normalizer import Normalizer
+from standardization import NormalViews, features, pixel_statistics
 
 VIEWS, HEIGHT, WIDTH = 2, 32, 64
 SETTINGS = CalibrationConfig(blurs=(1 / 32, 2 / 32), alignment=3 / 32)  # 1, 2 and 3 pixels

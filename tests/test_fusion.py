@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from config import CalibrationConfig
-from fusion import Fusion, PixelSample, evidence
+from fusion import Fusion, PixelSample, ScoreFusion, evidence, left_out_scores
 
 SETTINGS = CalibrationConfig()
 HEIGHT, WIDTH = 24, 32
@@ -80,3 +80,23 @@ def test_the_same_seed_gives_the_same_fusion(fitted):
         sample.add_corrupted(*with_square(seed, 6 * (-1) ** seed))
         sample.add_normal(noise(100 + seed))
     torch.testing.assert_close(sample.fit().weights, fitted.weights, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------- scores of several readings
+
+
+def readings(count, shift, seed):
+    return np.random.default_rng(seed).normal(size=(count, len(shift))) * (1, 10) + shift
+
+
+def test_a_fused_score_is_a_weighted_sum_in_standard_deviations_of_normals():
+    normal, new = readings(40, (3, 5), 0), readings(7, (2, 10), 1)
+    fused = ScoreFusion.of(normal, (1.0, 0.5))
+    z = (new - normal.mean(0)) / normal.std(0, ddof=1)
+    np.testing.assert_allclose(fused.score(new), z[:, 0] + z[:, 1] / 2, rtol=1e-5)
+
+
+def test_each_normal_is_scored_in_units_of_the_others():
+    normal = readings(20, (0, 0), 0)
+    others = ScoreFusion.of(np.delete(normal, 7, axis=0), (1.0, 0.5))
+    assert left_out_scores(normal, (1.0, 0.5))[7] == pytest.approx(others.score(normal[7:8])[0])

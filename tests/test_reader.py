@@ -10,7 +10,7 @@ from test_calibration import images, tiny_normalizer
 from torch import nn
 
 from backbone import Backbone, backbone_name
-from calibration import Calibration, calibrate, shaping
+from calibration import Calibration, calibrate, readings_of, shaping
 from checks import UsageError
 from config import Config, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
@@ -284,6 +284,9 @@ def test_maps_of_the_reader_are_in_standard_deviations_of_validation_normals(tra
     torch.testing.assert_close(again.anomaly_map(seen_by(model), config), shown)
     expected = (reader.logits(seen_by(model)) - known.statistics.mean) / known.statistics.std
     torch.testing.assert_close(shown, expected)
+    scores = known.scores_of(seen_by(model), shown, config)
+    np.testing.assert_allclose(again.scores_of(seen_by(model), shown, config), scores)
+    np.testing.assert_allclose(scores, known.score_fusion.score(readings_of(seen_by(model), shown, config)))
 
 
 def test_the_network_has_no_way_to_see_beyond_its_inputs():
