@@ -25,13 +25,15 @@ from features import FeatureExtractor
 from files import load_checkpoint, save_checkpoint, write_json
 from normalizer import Normalizer
 from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderNetwork, cropped, positions
+from reporting.figures import save_grid
 from runtime import learning_rate, multiplies_bf16, set_learning_rate, stream_seed
 from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
 READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight")
 RECIPE = 2  # raise it when code changes what a reader learns from
-READER, LAST, POOL = "reader.pt", "reader_last.pt", "reader_pool"  # in the calibration's folder
+# in the calibration's folder
+READER, LAST, POOL, SHEET = "reader.pt", "reader_last.pt", "reader_pool", "corruptions.png"
 
 
 def reader_identity(model: Normalizer, config: Config, pictures: str) -> dict:
@@ -63,6 +65,7 @@ def train_reader(
         f"training the reader on {len(images)} normals, {settings.copies} corrupted copies of each, {settings.steps} "
         f"steps, backbone {settings.backbone}: made once for these checkpoints, kept in {folder}"
     )
+    save_sheet(images, config, folder / SHEET)
     run = identity | {"half precision": trains_in_half_precision(config, model.device)}
     pool = make_pool(model, extractor, images, config, run, folder / POOL)
     statistics = pool.statistics(config)
@@ -73,6 +76,18 @@ def train_reader(
     remove_scratch(folder)
     print(f"trained the reader in {(time.monotonic() - began) / 60:.1f} minutes")
     return reader
+
+
+def save_sheet(images: Sequence[np.ndarray], config: Config, path: Path, count: int = 6) -> None:
+    """A picture of what the reader learns on: the first corrupted copies, and what changed in them."""
+    numbers = range(len(images), len(images) + min(count, len(images)))
+    copies = [training_image(images, number, config) for number in numbers]
+    rows = [
+        ("normal", [images[number % len(images)] for number in numbers]),
+        ("corrupted", [copy for copy, _ in copies]),
+        ("changed", [2.0 * changed - 1 for _, changed in copies]),
+    ]
+    save_grid(path, [(label, np.stack(row)) for label, row in rows], columns=3)
 
 
 def remove_scratch(folder: Path) -> None:

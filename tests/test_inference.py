@@ -279,7 +279,8 @@ def test_the_reader_is_trained_once_and_read_by_the_next_examination(call, exami
     flags = [*READER.split(), "--inference.calibration", tmp_path / "calibration"]
     first = call("inference", *flags, "--inference.figures", 1)
     assert first.code == 0 and "trained the reader in" in first.out
-    assert {path.name for path in (tmp_path / "calibration").iterdir()} == {"reader.pt", "reader.npz", "reader.json"}
+    made = {path.name for path in (tmp_path / "calibration").iterdir()}
+    assert made == {"reader.pt", "corruptions.png", "reader.npz", "reader.json"}
     before = scores_in(tmp_path / "phase4_inference")
     assert len(before) == 9 and opens(next((tmp_path / "phase4_inference").glob("result_*.png")))
     again = call("inference", *flags, *QUIET)

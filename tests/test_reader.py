@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from pipeline import opens
 from test_calibration import images, tiny_normalizer
 from torch import nn
 
@@ -17,7 +18,17 @@ from config_reading import ReaderConfig
 from features import FEATURES, FeatureExtractor
 from image_ops import gaussian_blur
 from reader import FeatureStatistics, Reader, ReaderNetwork, cropped, positions
-from reader_training import LAST, POOL, READER, fit_network, make_pool, reader_identity, train_reader, training_image
+from reader_training import (
+    LAST,
+    POOL,
+    READER,
+    SHEET,
+    fit_network,
+    make_pool,
+    reader_identity,
+    train_reader,
+    training_image,
+)
 from standardization import PixelStatistics
 
 ALL = ("image", "residual", "latent", "trunk", "encoder", "backbone")
@@ -219,7 +230,7 @@ def test_the_reader_finds_what_does_not_belong(trained, model):
 
 def test_a_saved_reader_reads_the_same_and_leaves_no_scratch_behind(trained, model):
     folder, _, reader = trained
-    assert {path.name for path in folder.iterdir()} == {READER}
+    assert {path.name for path in folder.iterdir()} == {READER, SHEET} and opens(folder / SHEET)
     again = Reader.load(folder / READER)
     torch.testing.assert_close(again.logits(seen_by(model)), reader.logits(seen_by(model)), rtol=0, atol=0)
     assert again.belongs_to == reader.belongs_to and again.settings == reader.settings
