@@ -153,7 +153,7 @@ def readings_of(seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
     """What the reader's map and the plain one say of each image, (B, 2): the means of their highest values."""
     plain = blur_share(plain_map(seen.x, seen.normal, config.inference), PLAIN_BLUR)
     share = config.reader.top_share
-    return torch.stack([image_score(maps, share), image_score(plain, share)], dim=1).cpu().numpy()
+    return torch.stack([image_score(maps.cpu(), share), image_score(plain.cpu(), share)], dim=1).numpy()
 
 
 def magnification_of(config: Config) -> int:

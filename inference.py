@@ -98,7 +98,7 @@ def main() -> None:
                     save_map(fresh / "maps" / f"{index:03d}.npy", anomaly_map, sample, config)
                 if index in drawn:
                     figure = f"result_{index:03d}.png"
-                    title = title_of(index, score, p_value, threshold, record)
+                    title = f"{title_of(index, score, p_value, threshold, record)}  |  method {settings.method}"
                     draw(fresh / figure, seen, position, anomaly_map, title, scale, sample.mask)
                     findings.best = max(findings.best, (score, figure))
             progress.update(len(batch))
