@@ -1,0 +1,93 @@
+"""How small a lesion survives, before any GPU day is spent: python benchmarks/audit.py --preset cpu --data.root ./data
+
+Takes the flags of inference.py and the checkpoints it would take. Implants discs of known radius and contrast into
+validation normals, darker and brighter in turn, and prints per radius
+
+survives     what is left of the contrast in dec(enc(x)): near 0, the autoencoder has lost the lesion, and G with it
+found        share of the discs in which the final map exceeds its threshold somewhere
+false        the same for the places without their discs: what chance would find
+
+Radii are shares of the image's height: 0.01 is 5 pixels at 512. Writes audit.csv beside the figures of phase 4.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from calibration import Calibration, magnification_of
+from command_line import parse_command
+from config import Config
+from examination import calibration_of, read_normals
+from files import write_csv
+from normalizer import Examined, Normalizer
+from runtime import run_script, start, stream_seed
+
+RADII = (0.005, 0.01, 0.02, 0.04, 0.08)  # shares of the height: a caries, a periapical lesion, a cyst
+CONTRAST = 0.3  # in units of [-1, 1]
+NORMALS = 30  # at most
+COLUMNS = ["radius", "radius_px", "discs", "survives", "found", "false"]
+
+
+def main() -> None:
+    command = parse_command(__doc__)
+    settings = command.config.inference
+    accelerator = start(command.config.runtime)
+    seed = command.config.runtime.seed
+    model = Normalizer.load(settings.vae_checkpoint, settings.flow_checkpoint, settings, seed, accelerator.device)
+    config = command.adopt(model.artefact, settings.flow_checkpoint)
+    calibration = calibration_of(model, config)
+    images, _ = read_normals(model, config, "val")
+    rows = []
+    with tqdm(total=len(RADII) * min(NORMALS, len(images)), desc="audit", unit="disc") as progress:
+        for radius in RADII:
+            found = [audit_one(images, n, radius, model, calibration, config) for n in range(len(images[:NORMALS]))]
+            progress.update(len(found))
+            means = np.mean(found, axis=0)
+            shown = [f"{radius:g}", f"{radius * images.shape[1]:.1f}", len(found), *(f"{mean:.2f}" for mean in means)]
+            rows.append(shown)
+    write_csv(Path(settings.output) / "audit.csv", COLUMNS, rows)
+    for row in [COLUMNS, *rows]:
+        print("".join(f"{value!s:>11}" for value in row))
+    print(f"contrast {CONTRAST}, method {settings.method}; wrote {Path(settings.output) / 'audit.csv'}")
+
+
+def audit_one(
+    images: np.ndarray, number: int, radius: float, model: Normalizer, calibration: Calibration, config: Config
+) -> tuple[float, bool, bool]:
+    """One disc in one normal: the share of its contrast that survives, whether it is found, and whether without it."""
+    normal = torch.from_numpy(images[number])[None, None]
+    random = np.random.default_rng(stream_seed(config.runtime.seed, "audit", number, radius))
+    opacity = torch.from_numpy(disc(images.shape[1:], radius, random))[None, None]
+    sign = -1 if number % 2 else 1
+    lesion = (normal + sign * CONTRAST * opacity).clamp(-1, 1)
+    times = magnification_of(config)
+    with_it, without = model.examine(lesion, times), model.examine(normal, times)
+    return survival(with_it, without), *(
+        bool((calibration.anomaly_map(seen, config).cpu()[opacity > 0.5] > calibration.pixel_threshold).any())
+        for seen in (with_it, without)
+    )
+
+
+def disc(shape: tuple[int, int], radius: float, random: np.random.Generator) -> np.ndarray:
+    """Opacity (H, W) in [0, 1] of a disc of this radius with an edge of two pixels, somewhere in the jaws."""
+    height, width = shape
+    row, column = random.uniform(0.35, 0.8) * height, random.uniform(0.15, 0.85) * width
+    rows, columns = np.mgrid[:height, :width]
+    distance = np.hypot(rows - row, columns - column)
+    return np.clip(0.5 + (radius * height - distance) / 2, 0, 1).astype(np.float32)
+
+
+def survival(with_it: Examined, without: Examined) -> float:
+    """The share of a change of x that is left in dec(enc(x)): its projection on the change (least squares)."""
+    change = with_it.x - without.x
+    left = with_it.reconstruction - without.reconstruction
+    return float((change * left).sum() / change.square().sum().clamp_min(1e-12))
+
+
+if __name__ == "__main__":
+    run_script(main)
