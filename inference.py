@@ -2,14 +2,19 @@
 
 Reads   radiographs (data.test, or the test split of data.root) and the checkpoints of phases 1 and 3; where
         outputs/calibration/ has nothing that belongs to them, also the training and validation normals of data.root
-Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image,
-        metrics.json where labels exist, and lookup_local_only.csv, the one file that says which source each index is;
-        outputs/calibration/: reader.pt, and METHOD.npz and .json, what normals say; made once, read by every later
-        examination
 
-reader       map = how foreign a small network finds each place, in standard deviations of validation normals
-plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| + gamma_hf |Laplacian x - Laplacian G(x)|
-statistical  map = many views of what G changed, in standard deviations of validation normals, fused
+Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image,
+        metrics.json where labels exist, and lookup_local_only.csv, the one file that says which source each index is
+
+        outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
+        every later examination
+
+method reader       map = how foreign a small network finds each place, in standard deviations of validation normals
+
+method plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| + gamma_hf |Laplacian x - Laplacian G(x)|
+
+method statistical  map = many views of what G changed, in standard deviations of validation normals, fused
+
 score = mean of the top_share highest values of the map; for reader, that of its map and half that of the plain one,
         both in standard deviations of validation normals
 
