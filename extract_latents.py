@@ -2,6 +2,7 @@
 
 Reads   the normal radiographs of data.root and outputs/phase1_vae/checkpoint_best.pt, which says how a file becomes x
         and who validates; a radiograph that trained the VAE is no validation radiograph here either
+
 Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), raw; latents_{train,val}.pkl with the
         source path of every row, for people; latents.json with the mean and std per channel that standardize them
 

@@ -1,6 +1,7 @@
 """Phase 3: train the normalizer, a dual-head UNet on the latents of normal radiographs.
 
 Reads   outputs/phase2_latents/ and outputs/phase1_vae/checkpoint_best.pt
+
 Writes  outputs/phase3_flowdiff/: checkpoint_best.pt for phase 4, checkpoint_generative.pt (EMA weights at phase1_steps,
         before the identity constraint has done its work), checkpoint_last.pt to resume, log.csv, curves.png, and PNGs
         of samples and of G(x) beside x on validation normals

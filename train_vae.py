@@ -1,6 +1,7 @@
 """Phase 1: fine-tune a pretrained Stable Diffusion VAE on normal radiographs.
 
 Reads   the normal radiographs of data.root (train and validation patients)
+
 Writes  outputs/phase1_vae/: checkpoint_best.pt for phases 2 to 4, checkpoint_last.pt to resume, log.csv,
         curves.png, and val_XXXXXX.png with original, reconstruction and residual of validation images
 
