@@ -101,22 +101,25 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: str | Path, method: str, reader: Reader | None = None) -> "Calibration | None":
-        """What `save` wrote, None where there is nothing; UsageError if it is damaged. The reader has its own file."""
+        """What `save` wrote, None where there is nothing of this version; UsageError if it is damaged.
+
+        The reader has its own file.
+        """
         path, description = _paths(folder, method)
         if not description.is_file():
             return None
         try:
             content = json.loads(description.read_text())
-            whole = content.pop("format") == FORMAT and content.pop("arrays_sha256") == sha256(path)
+            if content.pop("format") != FORMAT:
+                return None  # of an earlier version: made anew, as if it were not there
+            whole = content.pop("arrays_sha256") == sha256(path)
             known = cls._of(content, dict(np.load(path, allow_pickle=False)), reader) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
-                f"{description} is damaged ({error}): remove {description.parent} to make it anew"
+                f"{description} is damaged ({error}): remove {description.name} and {path.name} to make them anew"
             ) from error
         if known is None:
-            raise UsageError(
-                f"{path} is not what {description.name} describes: remove {description.parent} to make it anew"
-            )
+            raise UsageError(f"{path} is not what {description.name} describes: remove both to make them anew")
         return known
 
     @classmethod

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibration import Calibration, calibrate, shaping
+from calibration import FORMAT, Calibration, calibrate, shaping
 from checks import UsageError
 from config import CalibrationConfig, Config, InferenceConfig, UNetConfig, VAEConfig
 from flowdiff_model import FlowDiffUNet
@@ -204,7 +204,7 @@ def test_there_is_nothing_to_load_before_anything_was_saved(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["arrays", "description", "truncated"])
-def test_a_damaged_calibration_is_refused_and_names_the_folder_to_remove(damage, tmp_path):
+def test_a_damaged_calibration_is_refused_and_names_the_files_to_remove(damage, tmp_path):
     calibration([1.0, 2.0]).save(tmp_path)
     arrays, description = tmp_path / "plain.npz", tmp_path / "plain.json"
     if damage == "arrays":
@@ -212,11 +212,18 @@ def test_a_damaged_calibration_is_refused_and_names_the_folder_to_remove(damage,
         content[len(content) // 2] ^= 1
         arrays.write_bytes(content)
     elif damage == "description":
-        description.write_text(json.dumps({"format": 1}))
+        description.write_text(json.dumps({"format": FORMAT}))
     else:
         description.write_text(description.read_text()[:40])
-    with pytest.raises(UsageError, match=f"remove {tmp_path}"):
+    with pytest.raises(UsageError, match=r"plain.npz.*plain.json|plain.json.*plain.npz"):
         Calibration.load(tmp_path, "plain")
+
+
+def test_a_calibration_of_an_earlier_version_is_made_anew(tmp_path):
+    calibration([1.0, 2.0]).save(tmp_path)
+    description = tmp_path / "plain.json"
+    description.write_text(json.dumps(json.loads(description.read_text()) | {"format": FORMAT - 1}))
+    assert Calibration.load(tmp_path, "plain") is None
 
 
 @pytest.mark.parametrize(("method", "count"), [("plain", 0), ("statistical", 1)])
