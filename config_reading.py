@@ -54,7 +54,7 @@ class ReaderConfig:
 
     # the reader sees the radiograph at this many times the model's size: small lesions need more pixels than G
     magnification: int = 2
-    # what it reads; reader.py says what each is. encoder helps where there is no backbone
+    # what it reads; features.py says what each is. encoder helps where there is no backbone
     features: tuple[str, ...] = ("image", "residual", "latent", "trunk", "backbone")
     backbone: Literal["auto", "efficientnet-lite0", "none"] = "auto"  # frozen ImageNet features; auto: where installed
     levels: tuple[float, ...] = (0.1, 0.25, 0.4)  # noise levels at which G is read
@@ -92,7 +92,7 @@ class ReaderConfig:
         require_ranges("reader", self, ("magnification",), 1, 8)
         inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
         require(inside, f"reader.levels needs noise levels in (0, 1), got {self.levels}")
-        require(len(self.features) > 0, "reader.features needs at least one; reader.py names them")
+        require(len(self.features) > 0, "reader.features needs at least one; features.py names them")
         counts = ("width", "normals", "copies", "steps", "crops", "checkpoint_every")
         require_ranges("reader", self, counts, 1, 10**7)
         require_positive("reader", self, ("lr", "positive_weight"))

@@ -27,6 +27,7 @@ scores of normals near those of the validation normals.
 import os
 import shutil
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,7 @@ class Findings:
     scores: list[float] = field(default_factory=list)
     maps: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
-    best: tuple[float, str] = (-1.0, "")  # the highest score, and the figure that shows it
+    best: tuple[float, str] = (-inf, "")  # the highest score, and the figure that shows it
 
 
 def main() -> None:

@@ -35,24 +35,22 @@ def pixel_statistics(
     return PixelStatistics(mean, std.clamp_min(smallest).clamp_min(1e-8))
 
 
-def features(views: Tensor, settings: CalibrationConfig | ReaderConfig) -> Tensor:
-    """The views at every blur, (B, F, H, W), float32; the reader's logit as it is."""
+def features(views: Tensor, blurs: tuple[float, ...]) -> Tensor:
+    """The views at every blur, a share of the height, (B, F, H, W), float32."""
     views = views.float()
-    if isinstance(settings, ReaderConfig):
-        return views
-    return torch.cat([blur_share(views, blur) for blur in settings.blurs], dim=1)
+    return torch.cat([blur_share(views, blur) for blur in blurs], dim=1)
 
 
 class NormalViews:
-    """The views of all validation normals (N, V, H, W), N >= 2, with their statistics.
+    """The views of all validation normals (N, V, H, W), N >= 2, with the statistics of their features.
 
     Left out of its own statistics, a validation normal scores as a new normal would; kept in, its scores would be too
     low and every threshold from them too strict.
     """
 
-    def __init__(self, views: Tensor, settings: CalibrationConfig | ReaderConfig):
+    def __init__(self, views: Tensor, settings: CalibrationConfig | ReaderConfig, blurs: tuple[float, ...] = (0.0,)):
         self.views = views.half()  # the one thing here whose size grows with N
-        self.settings = settings
+        self.settings, self.blurs = settings, blurs
         self.total, self.squares = 0, 0
         for index in range(len(views)):
             own = self.features(index)
@@ -61,7 +59,7 @@ class NormalViews:
 
     def features(self, index: int) -> Tensor:
         """The features of one normal, (1, F, H, W)."""
-        return features(self.views[index : index + 1], self.settings)
+        return features(self.views[index : index + 1], self.blurs)
 
     def statistics(self) -> PixelStatistics:
         """Of all normals."""

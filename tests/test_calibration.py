@@ -35,7 +35,7 @@ def views_of_normals(count, seed=0):
 def test_features_are_the_views_at_every_blur_in_shares_of_the_height():
     views = views_of_normals(3)
     expected = torch.cat([gaussian_blur(views, sigma) for sigma in (1.0, 2.0)], dim=1)
-    torch.testing.assert_close(features(views, SETTINGS), expected)
+    torch.testing.assert_close(features(views, SETTINGS.blurs), expected)
 
 
 def test_mean_and_spread_are_those_of_numpy_where_statistics_are_not_shared():
@@ -58,8 +58,8 @@ def test_neighbours_that_differ_in_mean_add_to_the_spread():
 
 @pytest.mark.parametrize("half", [slice(0, WIDTH // 2 - 20), slice(WIDTH // 2 + 20, WIDTH)], ids=["quiet", "noisy"])
 def test_normals_deviate_by_one_standard_deviation_wherever_they_vary_little_or_much(half):
-    known, new = NormalViews(views_of_normals(80), SETTINGS), views_of_normals(80, seed=1)
-    deviations = known.statistics().standardize(features(new, SETTINGS))[:, :VIEWS, :, half]
+    known, new = NormalViews(views_of_normals(80), SETTINGS, SETTINGS.blurs), views_of_normals(80, seed=1)
+    deviations = known.statistics().standardize(features(new, SETTINGS.blurs))[:, :VIEWS, :, half]
     torch.testing.assert_close(deviations.mean((0, 2, 3)), torch.zeros(VIEWS), atol=0.1, rtol=0)
     torch.testing.assert_close(deviations.std((0, 2, 3)), torch.ones(VIEWS), atol=0.1, rtol=0)
 
@@ -67,8 +67,8 @@ def test_normals_deviate_by_one_standard_deviation_wherever_they_vary_little_or_
 def test_each_normal_is_left_out_of_its_own_statistics():
     views = views_of_normals(10)
     without, others = (
-        NormalViews(views, SETTINGS).statistics_without(0),
-        NormalViews(views[1:], SETTINGS).statistics(),
+        NormalViews(views, SETTINGS, SETTINGS.blurs).statistics_without(0),
+        NormalViews(views[1:], SETTINGS, SETTINGS.blurs).statistics(),
     )
     torch.testing.assert_close(without.mean, others.mean)
     torch.testing.assert_close(without.std, others.std, rtol=1e-3, atol=1e-5)
