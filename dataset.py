@@ -227,12 +227,17 @@ class RadiographDataset(Dataset):
             self._geometry = _geometry(config)
         self._geometry.set_random_seed(int(random.integers(2**31)))
         moved = self._geometry(image=image[..., None], mask=mask)
-        gain = random.uniform(1 - config.contrast, 1 + config.contrast)
-        x = gain * moved["image"][..., 0] + random.uniform(-config.brightness, config.brightness)
-        exponent = random.uniform(1 - config.gamma, 1 + config.gamma)
-        x = 2 * np.clip((x + 1) / 2, 0, 1) ** exponent - 1
+        x = exposed_anew(moved["image"][..., 0], config, random)
         x = x + random.uniform(0, config.noise_std) * random.standard_normal(x.shape, np.float32)
         return np.clip(x, -1, 1).astype(np.float32), moved["mask"]
+
+
+def exposed_anew(x: np.ndarray, config: DataConfig, random: np.random.Generator) -> np.ndarray:
+    """The radiograph x (H, W) in [-1, 1] at another contrast, brightness and gamma."""
+    gain = random.uniform(1 - config.contrast, 1 + config.contrast)
+    x = gain * x + random.uniform(-config.brightness, config.brightness)
+    exponent = random.uniform(1 - config.gamma, 1 + config.gamma)
+    return 2 * np.clip((x + 1) / 2, 0, 1) ** exponent - 1
 
 
 def _geometry(config: DataConfig):

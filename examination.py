@@ -5,15 +5,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from calibration import Calibration, calibrate, magnification_of, shaping
 from checks import UsageError
+from command_line import CommandLine
 from config import Config, DataConfig
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
 from normalizer import Normalizer
 from radiographs.manifest import Record, describe_patients, list_records, split_records
-from reader import Reader
+from reader import Reader, stored_reader
 from reader_training import READER, reader_identity, remove_scratch, train_reader
+from runtime import start
+
+
+def open_normalizer(command: CommandLine) -> tuple[Normalizer, Config]:
+    """G as the command line names it, and the config with what its checkpoints say; UsageError under torchrun."""
+    settings, runtime = command.config.inference, command.config.runtime
+    accelerator = start(runtime)
+    if accelerator.num_processes > 1:
+        raise UsageError("phase 4 runs in one process: start it with python, not torchrun")
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
+    checkpoints = settings.vae_checkpoint, settings.flow_checkpoint
+    model = Normalizer.load(*checkpoints, settings, runtime.seed, accelerator.device)
+    return model, command.adopt(model.artefact, settings.flow_checkpoint)
 
 
 def magnified(config: Config) -> DataConfig:
@@ -86,11 +101,11 @@ def reader_of(model: Normalizer, config: Config) -> Reader:
     folder = Path(config.inference.calibration)
     path = folder / READER
     if path.is_file():
-        owner = Reader.owner(path)
-        if owner == reader_identity(model, config, owner.get("pictures", "")):
+        stored = stored_reader(path)
+        if stored["belongs_to"] == reader_identity(model, config, stored["belongs_to"].get("pictures", "")):
             remove_scratch(folder)
             print(f"reader read from {path}")
-            return Reader.load(path, model.device)
+            return Reader.rebuild(stored, model.device)
         print(f"the reader in {folder} belongs to other checkpoints or settings: trained anew")
     images, pictures = read_normals(model, config, "train")
     return train_reader(model, images, pictures, config, folder)

@@ -5,6 +5,7 @@ config_reading.py. No map is finer than the reader's grid of verdicts, (k H / st
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,12 @@ FEATURES: dict[str, Feature] = {
 }
 
 
+def with_backbone(settings: ReaderConfig) -> ReaderConfig:
+    """The settings with reader.backbone resolved: a name, or none."""
+    wanted = "backbone" in settings.features
+    return replace(settings, backbone=backbone_name(settings.backbone) if wanted else "none")
+
+
 class FeatureExtractor:
     """The chosen features of a batch; UsageError for a feature that nobody knows."""
 
@@ -68,13 +75,8 @@ class FeatureExtractor:
         unknown = [name for name in settings.features if name not in FEATURES]
         if unknown:
             raise UsageError(f"reader.features: {unknown[0]} is unknown, choose from {', '.join(FEATURES)}")
-        self.settings = settings
-        self.eye = Backbone().to(device) if self.resolved(settings) != "none" else None
-
-    @staticmethod
-    def resolved(settings: ReaderConfig) -> str:
-        """The backbone that is meant: a name, or none."""
-        return backbone_name(settings.backbone) if "backbone" in settings.features else "none"
+        self.settings = with_backbone(settings)
+        self.eye = Backbone().to(device) if self.settings.backbone != "none" else None
 
     @torch.no_grad()
     def __call__(self, seen: Examined) -> list[Tensor]:

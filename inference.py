@@ -36,21 +36,20 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from calibration import Calibration, magnification_of
-from checks import UsageError
 from command_line import parse_command
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
-from examination import calibration_of, magnified, records_to_examine, refuse_known_content
+from examination import calibration_of, magnified, open_normalizer, records_to_examine, refuse_known_content
 from files import write_binary, write_csv, write_json
 from image_ops import residual_components
 from metrics import false_positive_interval, summarize
-from normalizer import Examined, Normalizer
+from normalizer import Examined
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from reporting.figures import ColourScale, save_result
 from reporting.lookup import Pseudonyms
 from reporting.summary import metrics_table
-from runtime import plain, run_script, start
+from runtime import plain, run_script
 
 UNFINISHED = "unfinished"  # where results lie until all of them are there
 RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv")
@@ -69,15 +68,8 @@ class Findings:
 
 
 def main() -> None:
-    command = parse_command(__doc__)
-    settings = command.config.inference
-    accelerator = start(command.config.runtime)
-    if accelerator.num_processes > 1:
-        raise UsageError("phase 4 runs in one process: start it with python, not torchrun")
-    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
-    seed, device = command.config.runtime.seed, accelerator.device
-    model = Normalizer.load(settings.vae_checkpoint, settings.flow_checkpoint, settings, seed, device)
-    config = command.adopt(model.artefact, settings.flow_checkpoint)
+    model, config = open_normalizer(parse_command(__doc__))
+    settings = config.inference
     records = records_to_examine(model, config)
     calibration = calibration_of(model, config)
 

@@ -11,6 +11,7 @@ DRAEM (Zavrtanik et al. 2021); what it reads is a generative normalizer.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +36,10 @@ class FeatureStatistics:
     places: PixelStatistics
 
     def standardize(self, values: Tensor, largest: float, crops: list[Crop]) -> Tensor:
-        """(B, F, h, w) to (B, 2F, h, w): in units of the channel, and of the place; crops says where each one lies."""
+        """(B, F, h, w) to (B, 2F, h, w): in units of the channel, and of the place.
+
+        crops says where each one lies, or where all of them lie.
+        """
         plain = (values - self.centre) / self.scale
         mean = torch.cat([cropped(self.places.mean, crop) for crop in crops])
         std = torch.cat([cropped(self.places.std, crop) for crop in crops])
@@ -47,8 +51,8 @@ class FeatureStatistics:
         return FeatureStatistics(self.centre.to(device), self.scale.to(device), places)
 
 
-def cropped(maps: Tensor, crop: Crop) -> Tensor:
-    """The part of (B, F, h, w) that a crop keeps; its borders fall between places."""
+def cropped(maps: Tensor | np.ndarray, crop: Crop) -> Tensor | np.ndarray:
+    """The part of (..., h, w) that a crop keeps, not copied; its borders fall between places."""
     (top, left, share), (height, width) = crop, maps.shape[-2:]
     first, across = round(top * height), round(left * width)
     return maps[..., first : first + round(share * height), across : across + round(share * width)]
@@ -102,49 +106,51 @@ class Reader:
     network: ReaderNetwork
     statistics: list[FeatureStatistics]
     extractor: FeatureExtractor
-    settings: ReaderConfig
     belongs_to: dict  # hashes of both checkpoints, and what the reader was trained with
+
+    @property
+    def settings(self) -> ReaderConfig:
+        """What it was trained with."""
+        return self.extractor.settings
 
     @torch.no_grad()
     def logits(self, seen: Examined) -> Tensor:
         """How foreign each pixel of the magnified image looks, log-odds, (B, 1, k H, k W)."""
-        maps = self.extractor(seen)
-        crops = [WHOLE] * len(seen.detail)
-        largest = self.settings.largest_deviation
-        inputs = [known.standardize(part, largest, crops) for known, part in zip(self.statistics, maps, strict=True)]
-        logits = self.network(inputs, positions(self.extractor.grid(seen), crops, seen.detail.device))
+        maps, largest = self.extractor(seen), self.settings.largest_deviation
+        inputs = [known.standardize(part, largest, [WHOLE]) for known, part in zip(self.statistics, maps, strict=True)]
+        logits = self.network(inputs, positions(self.extractor.grid(seen), [WHOLE], seen.detail.device))
         return F.interpolate(logits, size=seen.detail.shape[-2:], mode="bilinear", align_corners=False)
 
     @property
     def sha256(self) -> str:
-        """Of everything its verdict depends on."""
-        statistics = {
-            f"{number}.{name}": part
-            for number, known in enumerate(self.statistics)
-            for name, part in (("centre", known.centre), ("scale", known.scale), ("mean", known.places.mean))
+        """Of everything that was learnt."""
+        named = {
+            f"{number}.{name}": part for number, parts in enumerate(self._arrays()) for name, part in parts.items()
         }
-        return weights_sha256({**self.network.state_dict(), **statistics})
+        return weights_sha256({**self.network.state_dict(), **named})
 
-    def save(self, path: Path) -> None:
-        """One file, which `load` reads without unpickling anything."""
-        statistics = [
+    def _arrays(self) -> list[dict[str, Tensor]]:
+        """The statistics of each feature map, by name, on the CPU."""
+        named = [
             {"centre": part.centre, "scale": part.scale, "mean": part.places.mean, "std": part.places.std}
             for part in self.statistics
         ]
-        content = {"belongs_to": self.belongs_to, "settings": asdict(self.settings), "statistics": statistics}
-        weights = {name: weight.cpu() for name, weight in self.network.state_dict().items()}
-        stored = [{name: value.cpu() for name, value in part.items()} for part in statistics]
-        save_checkpoint(path, "reader", content | {"statistics": stored, "weights": weights})
+        return [{name: value.cpu() for name, value in parts.items()} for parts in named]
 
-    @staticmethod
-    def owner(path: Path) -> dict:
-        """Whose reader a file holds; UsageError if it is damaged."""
-        return load_checkpoint(path, "reader", f"python inference.py after removing {path.name}")["belongs_to"]
+    def save(self, path: Path) -> None:
+        """One file, which `load` reads without unpickling anything."""
+        weights = {name: weight.cpu() for name, weight in self.network.state_dict().items()}
+        learnt = {"statistics": self._arrays(), "weights": weights}
+        save_checkpoint(path, "reader", {"belongs_to": self.belongs_to, "settings": asdict(self.settings), **learnt})
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> "Reader":
         """From a file; UsageError if it is missing, damaged, or needs a backbone that is not installed."""
-        content = load_checkpoint(path, "reader", f"python inference.py after removing {path.name}")
+        return cls.rebuild(stored_reader(path), device)
+
+    @classmethod
+    def rebuild(cls, content: dict, device: torch.device | str = "cpu") -> "Reader":
+        """From what `stored_reader` read."""
         settings = rebuild_phase(ReaderConfig, content["settings"])
         statistics = [
             FeatureStatistics(part["centre"], part["scale"], PixelStatistics(part["mean"], part["std"])).to(device)
@@ -153,4 +159,9 @@ class Reader:
         network = ReaderNetwork([part.centre.shape[1] for part in statistics], settings.width, settings.dropout)
         network.load_state_dict(content["weights"])
         network.to(device).requires_grad_(False).eval()
-        return cls(network, statistics, FeatureExtractor(settings, device), settings, content["belongs_to"])
+        return cls(network, statistics, FeatureExtractor(settings, device), content["belongs_to"])
+
+
+def stored_reader(path: Path) -> dict:
+    """What a reader's file holds, so that one can ask whose it is before building it; UsageError if it is damaged."""
+    return load_checkpoint(path, "reader", f"python inference.py after removing {path.name}")

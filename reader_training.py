@@ -21,12 +21,13 @@ from tqdm import tqdm
 from checks import UsageError
 from config import Config
 from corruption import check_fills, corrupt
-from features import FeatureExtractor
+from dataset import exposed_anew
+from features import FeatureExtractor, with_backbone
 from files import load_checkpoint, save_checkpoint, write_json
 from normalizer import Normalizer
 from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderNetwork, cropped, positions
 from reporting.figures import save_grid
-from runtime import learning_rate, multiplies_bf16, set_learning_rate, stream_seed
+from runtime import learning_rate, set_learning_rate, stream_seed, training_precision
 from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
@@ -40,7 +41,7 @@ def reader_identity(model: Normalizer, config: Config, pictures: str) -> dict:
     """What a reader was trained with: another checkpoint, setting or picture is another reader."""
     walk = {name: getattr(config.inference, name) for name in ("noise_level", "draws")}
     walk |= {name: getattr(config.data, name) for name in ("brightness", "contrast", "gamma")}
-    settings = replace(config.reader, backbone=FeatureExtractor.resolved(config.reader))
+    settings = with_backbone(config.reader)
     shaping = {name: value for name, value in asdict(settings).items() if name not in READ_ANEW}
     whole = {**model.identity, "recipe": RECIPE, "seed": config.runtime.seed, "pictures": pictures, **walk, **shaping}
     return json.loads(json.dumps(whole))
@@ -53,25 +54,25 @@ def train_reader(
 
     pictures names them by content. A training that was killed goes on; UsageError if there are fewer than two normals.
     """
-    settings = replace(config.reader, backbone=FeatureExtractor.resolved(config.reader))
-    check_fills(settings.fills, "reader.fills")
+    check_fills(config.reader.fills, "reader.fills")
     if len(images) < 2:
         raise UsageError(
             "the reader needs two training normals or more: give data.root some, or use --inference.method plain"
         )
     began, identity = time.monotonic(), reader_identity(model, config, pictures)
-    extractor = FeatureExtractor(settings, model.device)
+    extractor = FeatureExtractor(config.reader, model.device)
+    settings = extractor.settings
     print(
         f"training the reader on {len(images)} normals, {settings.copies} corrupted copies of each, {settings.steps} "
         f"steps, backbone {settings.backbone}: made once for these checkpoints, kept in {folder}"
     )
     save_sheet(images, config, folder / SHEET)
-    run = identity | {"half precision": trains_in_half_precision(config, model.device)}
+    run = identity | {"precision": precision_of_training(config, model.device)}
     pool = make_pool(model, extractor, images, config, run, folder / POOL)
     statistics = pool.statistics(config)
     network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
     on_device = [part.to(model.device) for part in statistics]
-    reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, settings, identity)
+    reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, identity)
     reader.save(folder / READER)
     remove_scratch(folder)
     print(f"trained the reader in {(time.monotonic() - began) / 60:.1f} minutes")
@@ -101,15 +102,14 @@ def _remove_pool(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def trains_in_half_precision(config: Config, device: torch.device) -> bool:
-    """Whether features and network are computed in bfloat16 here, as in the other trainings."""
-    fast = config.runtime.precision == "auto" and multiplies_bf16(device.type == "cpu")
-    return fast or config.runtime.precision == "bf16"
+def precision_of_training(config: Config, device: torch.device) -> str:
+    """What features and network are computed in while the reader learns: bf16 or no; it is read in float32."""
+    return training_precision(config.runtime, device.type == "cpu")
 
 
-def in_half_precision(config: Config, device: torch.device) -> torch.autocast:
-    """bfloat16 where the hardware multiplies it; what is read later is read in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=trains_in_half_precision(config, device))
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The same as a context."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of_training(config, device) == "bf16")
 
 
 # ---------------------------------------------------------------- the pool
@@ -142,20 +142,12 @@ class Pool:
 
     def batch(self, rows: Sequence[int], crops: list[Crop]) -> tuple[list[Tensor], Tensor]:
         """Cropped feature maps (B, F, ., .) and the changed shares (B, 1, ., .) in [0, 1]."""
-        maps = [
-            torch.cat(
-                [
-                    cropped(torch.from_numpy(np.array(part[row : row + 1])), crop)
-                    for row, crop in zip(rows, crops, strict=True)
-                ]
-            )
-            for part in self.features
-        ]
-        changed = [
-            cropped(torch.from_numpy(np.array(self.changed[row]))[None, None], crop)
-            for row, crop in zip(rows, crops, strict=True)
-        ]
-        return [part.float() for part in maps], torch.cat(changed).float() / 255
+
+        def part_of(array: np.ndarray) -> Tensor:  # cropped on the disk: the rest is never read
+            parts = [cropped(array[row], crop) for row, crop in zip(rows, crops, strict=True)]
+            return torch.from_numpy(np.stack(parts)).float()
+
+        return [part_of(maps) for maps in self.features], part_of(self.changed[:, None]) / 255
 
 
 def make_pool(
@@ -181,7 +173,7 @@ def make_pool(
             made = [training_image(images, number, config) for number in numbers]
             batch = torch.from_numpy(np.stack([picture for picture, _ in made])).unsqueeze(1)
             seen = model.examine(batch, settings.magnification)
-            with in_half_precision(config, model.device):
+            with autocast(config, model.device):
                 maps = [part.half().cpu().numpy() for part in extractor(seen)]
             changed = torch.from_numpy(np.stack([mask for _, mask in made])).unsqueeze(1).float()
             shares = (255 * F.avg_pool2d(changed, settings.stride)[:, 0]).round().byte().numpy()
@@ -232,17 +224,8 @@ def training_image(images: Sequence[np.ndarray], number: int, config: Config) ->
     random = np.random.default_rng(stream_seed(config.runtime.seed, "reader", number))
     donor = images[random.integers(len(images))]
     if random.random() < 0.5:  # always, and the exposure alone would give a copy away
-        normal = _exposed(normal, config, random)
+        normal = exposed_anew(normal, config.data, random).astype(np.float32)
     return corrupt(normal, donor, random, config.reader)
-
-
-def _exposed(normal: np.ndarray, config: Config, random: np.random.Generator) -> np.ndarray:
-    """The same radiograph at another exposure, as data augmentation varies it."""
-    data = config.data
-    gain = random.uniform(1 - data.contrast, 1 + data.contrast)
-    x = gain * normal + random.uniform(-data.brightness, data.brightness)
-    x = 2 * np.clip((x + 1) / 2, 0, 1) ** random.uniform(1 - data.gamma, 1 + data.gamma) - 1
-    return x.astype(np.float32)
 
 
 # ---------------------------------------------------------------- training
@@ -286,7 +269,7 @@ def fit_network(
                 part.standardize(values.to(device), settings.largest_deviation, crops)
                 for part, values in zip(known, maps, strict=True)
             ]
-            with in_half_precision(config, torch.device(device)):
+            with autocast(config, torch.device(device)):
                 logits = network(inputs, positions(grid, crops, device)).float()
             loss = F.binary_cross_entropy_with_logits(logits, changed.to(device), pos_weight=weight)
             optimizer.zero_grad()

@@ -61,14 +61,11 @@ def start(config: RuntimeConfig) -> Accelerator:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("runtime.device is cuda but torch sees no GPU: check nvidia-smi, or use --runtime.device cpu")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision = config.precision
-    if precision == "auto":
-        precision = "bf16" if multiplies_bf16(on_cpu) else "no"
     together = [
         InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # the others wait while the first validates
         DistributedDataParallelKwargs(broadcast_buffers=False),  # no network here learns through a buffer
     ]
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=precision, kwargs_handlers=together)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=training_precision(config, on_cpu), kwargs_handlers=together)
     set_seed(config.seed)
     shown = precision_of(accelerator)
     accelerator.print(f"device {accelerator.device}, {accelerator.num_processes} process(es), precision {shown}")
@@ -78,6 +75,11 @@ def start(config: RuntimeConfig) -> Accelerator:
 def precision_of(accelerator: Accelerator) -> str:
     """What the networks compute in while they train: float32 or bf16."""
     return "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+
+
+def training_precision(config: RuntimeConfig, on_cpu: bool) -> str:
+    """runtime.precision with auto resolved: bf16 where the hardware multiplies it, or no."""
+    return config.precision if config.precision != "auto" else "bf16" if multiplies_bf16(on_cpu) else "no"
 
 
 def multiplies_bf16(on_cpu: bool) -> bool:

@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from calibration import Calibration, magnification_of
 from command_line import parse_command
 from config import Config
-from examination import calibration_of, read_normals
+from examination import calibration_of, open_normalizer, read_normals
 from files import write_csv
 from normalizer import Examined, Normalizer
-from runtime import run_script, start, stream_seed
+from runtime import run_script, stream_seed
 
 RADII = (0.005, 0.01, 0.02, 0.04, 0.08)  # shares of the height: a caries, a periapical lesion, a cyst
 CONTRAST = 0.3  # in units of [-1, 1]
@@ -34,43 +34,40 @@ COLUMNS = ["radius", "radius_px", "discs", "survives", "found", "false"]
 
 
 def main() -> None:
-    command = parse_command(__doc__)
-    settings = command.config.inference
-    accelerator = start(command.config.runtime)
-    seed = command.config.runtime.seed
-    model = Normalizer.load(settings.vae_checkpoint, settings.flow_checkpoint, settings, seed, accelerator.device)
-    config = command.adopt(model.artefact, settings.flow_checkpoint)
+    model, config = open_normalizer(parse_command(__doc__))
     calibration = calibration_of(model, config)
     images, _ = read_normals(model, config, "val")
-    rows = []
-    with tqdm(total=len(RADII) * min(NORMALS, len(images)), desc="audit", unit="disc") as progress:
-        for radius in RADII:
-            found = [audit_one(images, n, radius, model, calibration, config) for n in range(len(images[:NORMALS]))]
-            progress.update(len(found))
-            means = np.mean(found, axis=0)
-            shown = [f"{radius:g}", f"{radius * images.shape[1]:.1f}", len(found), *(f"{mean:.2f}" for mean in means)]
-            rows.append(shown)
-    write_csv(Path(settings.output) / "audit.csv", COLUMNS, rows)
+    found = np.zeros((len(RADII), len(images[:NORMALS]), 3))
+    for number in tqdm(range(found.shape[1]), desc="audit", unit="image"):
+        found[:, number] = audit_one(images[number], number, model, calibration, config)
+    rows = [
+        [f"{radius:g}", f"{radius * images.shape[1]:.1f}", found.shape[1], *(f"{mean:.2f}" for mean in means)]
+        for radius, means in zip(RADII, found.mean(axis=1), strict=True)
+    ]
+    out = Path(config.inference.output) / "audit.csv"
+    write_csv(out, COLUMNS, rows)
     for row in [COLUMNS, *rows]:
         print("".join(f"{value!s:>11}" for value in row))
-    print(f"contrast {CONTRAST}, method {settings.method}; wrote {Path(settings.output) / 'audit.csv'}")
+    print(f"contrast {CONTRAST}, method {config.inference.method}; wrote {out}")
 
 
 def audit_one(
-    images: np.ndarray, number: int, radius: float, model: Normalizer, calibration: Calibration, config: Config
-) -> tuple[float, bool, bool]:
-    """One disc in one normal: the share of its contrast that survives, whether it is found, and whether without it."""
-    normal = torch.from_numpy(images[number])[None, None]
-    random = np.random.default_rng(stream_seed(config.runtime.seed, "audit", number, radius))
-    opacity = torch.from_numpy(disc(images.shape[1:], radius, random))[None, None]
-    sign = -1 if number % 2 else 1
-    lesion = (normal + sign * CONTRAST * opacity).clamp(-1, 1)
-    times = magnification_of(config)
-    with_it, without = model.examine(lesion, times), model.examine(normal, times)
-    return survival(with_it, without), *(
-        bool((calibration.anomaly_map(seen, config).cpu()[opacity > 0.5] > calibration.pixel_threshold).any())
-        for seen in (with_it, without)
-    )
+    image: np.ndarray, number: int, model: Normalizer, calibration: Calibration, config: Config
+) -> list[tuple[float, bool, bool]]:
+    """A disc of each radius in one normal: what survives of it, whether it is found, whether its place is without it."""
+    normal, times = torch.from_numpy(image)[None, None], magnification_of(config)
+    without = model.examine(normal, times)
+    above_without = calibration.anomaly_map(without, config).cpu() > calibration.pixel_threshold
+    rows = []
+    for radius in RADII:
+        random = np.random.default_rng(stream_seed(config.runtime.seed, "audit", number, radius))
+        opacity = torch.from_numpy(disc(image.shape, radius, random))[None, None]
+        sign = -1 if number % 2 else 1
+        with_it = model.examine((normal + sign * CONTRAST * opacity).clamp(-1, 1), times)
+        above = calibration.anomaly_map(with_it, config).cpu() > calibration.pixel_threshold
+        inside = opacity > 0.5
+        rows.append((survival(with_it, without), bool(above[inside].any()), bool(above_without[inside].any())))
+    return rows
 
 
 def disc(shape: tuple[int, int], radius: float, random: np.random.Generator) -> np.ndarray:

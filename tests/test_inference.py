@@ -13,7 +13,7 @@ from PIL import Image
 from pipeline import flags_of, opens, strict_json, table
 from sklearn.metrics import roc_auc_score
 
-import inference
+import examination
 from calibration import Calibration
 from command_line import parse_command
 from config import InferenceConfig
@@ -178,7 +178,7 @@ def test_phase_4_without_phase_3_names_it(call, tmp_path):
 
 def test_several_processes_are_refused(call, monkeypatch):
     several = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    monkeypatch.setattr(inference, "start", lambda runtime: several)
+    monkeypatch.setattr(examination, "start", lambda runtime: several)
     result = call("inference")
     assert result.code == 2 and "start it with python, not torchrun" in result.error
 

@@ -259,7 +259,7 @@ def test_thresholds_of_one_reader_are_not_taken_for_another(trained, model):
 def test_a_damaged_reader_names_the_file_to_remove(trained, tmp_path):
     (tmp_path / READER).write_bytes(b"reader")
     with pytest.raises(UsageError, match="run python inference.py after removing reader.pt"):
-        Reader.owner(tmp_path / READER)
+        Reader.load(tmp_path / READER)
 
 
 def test_how_often_it_is_written_and_what_is_scored_make_no_other_reader(model):
@@ -307,3 +307,12 @@ def test_the_network_has_no_way_to_see_beyond_its_inputs():
     flat, places = [torch.ones(1, 6, 16, 16)], positions((16, 16), [(0.0, 0.0, 1.0)], "cpu")
     inner = network(flat, places)[0, 0, 4:-4, 4:-4]
     torch.testing.assert_close(inner, inner[:1, :1].expand_as(inner))
+
+
+def test_normals_are_scored_by_the_smoothed_maps_that_new_images_are_scored_by(trained, model):
+    _, config, reader = trained
+    smooth = dataclasses.replace(config, inference=dataclasses.replace(config.inference, smooth_share=0.1))
+    known = calibrate(model, np.stack(normals(5)), smooth, reader)
+    rough, calm = (known.anomaly_map(seen_by(model, 5), each) for each in (config, smooth))
+    centre = [readings_of(seen_by(model, 5), maps, smooth)[:, 0].mean() for maps in (rough, calm)]
+    assert abs(known.score_fusion.centre[0] - centre[1]) < abs(known.score_fusion.centre[0] - centre[0])
