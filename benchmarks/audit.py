@@ -54,7 +54,7 @@ def main() -> None:
 def audit_one(
     image: np.ndarray, number: int, model: Normalizer, calibration: Calibration, config: Config
 ) -> list[tuple[float, bool, bool]]:
-    """A disc of each radius in one normal: what survives of it, whether it is found, whether its place is without it."""
+    """A disc of each radius in one normal: what survives of it, is it found, and is its place without it."""
     normal, times = torch.from_numpy(image)[None, None], magnification_of(config)
     without = model.examine(normal, times)
     above_without = calibration.anomaly_map(without, config).cpu() > calibration.pixel_threshold
