@@ -144,9 +144,9 @@ class Reader:
         save_checkpoint(path, "reader", {"belongs_to": self.belongs_to, "settings": asdict(self.settings), **learnt})
 
     @classmethod
-    def load(cls, path: Path, device: torch.device | str = "cpu") -> "Reader":
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Reader":
         """From a file; UsageError if it is missing, damaged, or needs a backbone that is not installed."""
-        return cls.rebuild(stored_reader(path), device)
+        return cls.rebuild(stored_reader(Path(path)), device)
 
     @classmethod
     def rebuild(cls, content: dict, device: torch.device | str = "cpu") -> "Reader":

@@ -1,0 +1,251 @@
+"""Every method on the same radiographs, judged alike: python benchmarks/detection.py --data DATA --rows reader
+
+    --data FOLDER         radiographs with a manifest.csv: training and validation normals, a labelled test split
+    --rows A,B            which to run; without it, none: only the table is printed
+    --seeds 0,1           one run each
+    --size 256            pixels of G's side, and of the peers' images
+    --outputs FOLDER      where networks and maps go; what is there already is taken up, so that a killed run goes on
+    --results FOLDER      where each finished part is kept as JSON, and the table of all parts as table.md
+    FLAGS                 anything else goes to the four phases, such as --preset cpu --vae.pretrained MODELS/taesd
+
+Rows of this repository run the four phases with the flags in OURS: phases 1 to 3 once for each seed and size, phase 4
+for each row. Rows of others are files in peers/. A part says its seed, size, settings, commit, hardware and time.
+Nothing is chosen by a label of the test split.
+"""
+
+import argparse
+import csv
+import importlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from protocol import Verdicts, examine, judge, splits_of
+
+from checks import UsageError
+from command_line import parse_command
+from config import Config
+from config_reading import ReaderConfig
+from files import write_atomically, write_json
+from radiographs.manifest import list_records, split_records
+from runtime import run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+PHASES = ("train_vae.py", "extract_latents.py", "train_flowdiff.py")
+
+
+def features(*left_out: str) -> tuple[str, ...]:
+    """The flags of a reader that does not read these."""
+    return ("--reader.features", *(name for name in ReaderConfig().features if name not in left_out))
+
+
+def fills(*left_out: str) -> tuple[str, ...]:
+    """The flags of a reader that learns on none of these."""
+    return ("--reader.fills", *(name for name in ReaderConfig().fills if name not in left_out))
+
+
+# flags of phase 4 for each row
+OURS: dict[str, tuple[str, ...]] = {
+    "reader": (),
+    "plain": ("--inference.method", "plain"),
+    "statistical": ("--inference.method", "statistical"),
+    # |x - dec(enc(x))|: G that goes nowhere, the formula's first term alone
+    "autoencoder": (
+        *("--inference.method", "plain", "--inference.beta-grad", "0", "--inference.gamma-hf", "0"),
+        *("--inference.noise-level", "0.001", "--inference.solver", "one_step", "--inference.draws", "1"),
+    ),
+    # what the reader reads
+    "reader: backbone alone": ("--reader.features", "backbone"),
+    "reader: without G": features("latent", "trunk", "residual"),
+    "reader: without the backbone": features("backbone"),
+    "reader: without the image": features("image"),
+    "reader: without inner features of G": features("trunk"),
+    "reader: without the plain map": ("--reader.plain-weight", "0"),
+    # what it learns from
+    "reader: without offset and shade": fills("offset", "shade"),
+    "reader: without level and saturate": fills("level", "saturate"),
+    "reader: without texture and noise": fills("texture", "noise"),
+    "reader: without paste and graft": fills("paste", "graft"),
+    "reader: without smear, warp, remove": fills("smear", "warp", "remove"),
+    "reader: without rim": fills("rim"),
+}
+PEERS = {"nearest": "Nearest", "patchcore": "Patchcore", "padim": "Padim"}  # module in peers/ and its class
+
+
+def main() -> None:
+    options, flags = arguments()
+    for seed in options.seeds:
+        for row in options.rows:
+            run_part(row, seed, options, flags)
+    table = table_of(options.results)
+    print(table)
+    write_atomically(options.results / "table.md", lambda beside: beside.write_text(table + "\n"))
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """What was asked for, and the flags of the four phases."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
+    parser.add_argument("--seeds", type=lambda text: [int(name) for name in text.split(",")], default=[0])
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--outputs", type=Path, default=Path("outputs/detection"))
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/detection")
+    options, flags = parser.parse_known_args()
+    unknown = [row for row in options.rows if row not in (*OURS, *PEERS)]
+    if unknown:
+        raise UsageError(f"--rows: {unknown[0]} is unknown, choose from {', '.join((*OURS, *PEERS))}")
+    if options.rows and options.data is None:
+        raise UsageError("--data is missing: the folder of the radiographs and their manifest.csv")
+    return options, flags
+
+
+def part_file(row: str, seed: int, options: argparse.Namespace) -> Path:
+    """Where a part is kept."""
+    return options.results / f"{file_name(row)}-{options.size}-seed{seed}.json"
+
+
+def file_name(row: str) -> str:
+    """A row's name as part of a path."""
+    return row.replace(":", "").replace(",", "").replace(" ", "_")
+
+
+def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str]) -> None:
+    """One method under one seed: run, judged, and kept; taken as it is where it was kept before."""
+    path = part_file(row, seed, options)
+    if path.is_file():
+        print(f"{row}, seed {seed}: there already ({path.name}; remove it to run it again)")
+        return
+    began = time.monotonic()
+    whole = ["--data.root", str(options.data), "--runtime.seed", str(seed), *size_flags(options.size), *flags]
+    folder = options.outputs / f"size{options.size}-seed{seed}"
+    if row in OURS:
+        verdicts, settings = run_ours(row, whole, folder)
+    else:
+        verdicts, settings = run_peer(row, seed, whole, folder)
+    judged = judge(verdicts)
+    part = {"row": row, "seed": seed, "size": options.size, "settings": settings, "commit": commit()}
+    part |= {"minutes": round((time.monotonic() - began) / 60, 1), "hardware": hardware()}
+    write_json(path, part | judged)
+    mean = judged["mean_over_kinds"]
+    print(f"{row}, seed {seed}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
+
+
+def size_flags(size: int) -> list[str]:
+    """The flags that make radiographs squares of this size."""
+    return ["--data.height", str(size), "--data.width", str(size)]
+
+
+def run_peer(row: str, seed: int, flags: list[str], folder: Path) -> tuple[Verdicts, dict]:
+    """A method from elsewhere."""
+    config = parse_command(__doc__, flags).config
+    peer = getattr(importlib.import_module(f"peers.{row}"), PEERS[row])(seed, folder / row)
+    torch.manual_seed(seed)
+    return examine(peer, splits_of(config.data), config.data), {"peer": row}
+
+
+def run_ours(row: str, flags: list[str], folder: Path) -> tuple[Verdicts, dict]:
+    """The four phases as a user runs them; phases 1 to 3 go on where they were, or are done."""
+    flags = [*flags, "--outputs", str(folder)]
+    for phase in PHASES:
+        call(phase, flags)
+    here = folder / file_name(row)
+    mine = ["--inference.output", str(here), "--inference.calibration", str(here / "calibration"), *OURS[row]]
+    call("inference.py", [*flags, *mine, "--inference.save-maps", "True", "--inference.figures", "12"])
+    config = parse_command(__doc__, [*flags, *mine]).config
+    return verdicts_of(here, config), {"flags": [*OURS[row]]}
+
+
+def call(script: str, flags: list[str]) -> None:
+    """A phase in a process of its own; UsageError if it fails."""
+    if subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=ROOT).returncode:
+        raise UsageError(f"{script} failed, see above: run the same command again when it is mended")
+
+
+def verdicts_of(folder: Path, config: Config) -> Verdicts:
+    """What phase 4 wrote: scores, and maps at the size of the files."""
+    records = split_records(list_records(config.data.root, config.data.patient_from), config.data)["test"]
+    calibration = Path(config.inference.calibration) / f"{config.inference.method}.json"
+    verdicts = Verdicts(pixel_threshold=json.loads(calibration.read_text())["pixel_threshold"])
+    with open(folder / "scores.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if len(rows) != len(records):
+        raise UsageError(f"{len(records) - len(rows)} files could not be read: a comparison leaves nothing out")
+    for row, record in zip(rows, records, strict=True):
+        if record.label is not None:
+            verdicts.add(record, float(row["score"]), np.load(folder / "maps" / f"{row['index']}.npy"))
+    return verdicts
+
+
+# ---------------------------------------------------------------- what a part says beside its numbers
+
+
+def commit() -> str:
+    """The commit of this repository, with a plus where files were changed since."""
+    asked = ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude", "*")
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def hardware() -> str:
+    """What it ran on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores, {platform.machine()}"
+
+
+# ---------------------------------------------------------------- the table
+
+
+def table_of(folder: Path) -> str:
+    """All parts in a folder as Markdown: a line per row and size, the mean over its seeds."""
+    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    if not parts:
+        return f"no part is kept in {folder} yet: choose rows with --rows"
+    kinds = sorted({kind for part in parts for kind in part["kinds"]})
+    titles = ["row", "size", "seeds", *kinds, "mean of kinds", "AUPRO"]
+    lines = ["image AUROC / pixel AP, mean over the seeds", "", "| " + " | ".join(titles) + " |"]
+    lines.append("|" + " --- |" * len(titles))
+    order = [*OURS, *PEERS]
+    groups = {(part["row"], part["size"]): [] for part in parts}
+    for part in parts:
+        groups[part["row"], part["size"]].append(part)
+    for (row, size), group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        cells = [cell([part["kinds"][kind] for part in group]) for kind in kinds]
+        means = [part["mean_over_kinds"] for part in group]
+        seeds = ", ".join(str(part["seed"]) for part in group)
+        lines.append("| " + " | ".join([row, str(size), seeds, *cells, cell(means), spread(means, "aupro")]) + " |")
+    return "\n".join(lines)
+
+
+def cell(entries: list[dict]) -> str:
+    """Image AUROC and pixel AP."""
+    both = [spread(entries, name) for name in ("auroc", "pixel_ap")]
+    return both[0] if both[1] == "-" else " / ".join(both)
+
+
+def spread(entries: list[dict], name: str) -> str:
+    """The mean of a metric, with its standard deviation where there are several seeds."""
+    values = [entry[name] for entry in entries if entry[name] is not None]
+    if not values:
+        return "-"
+    apart = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{apart}"
+
+
+if __name__ == "__main__":
+    run_script(main)

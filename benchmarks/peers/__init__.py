@@ -1,0 +1,1 @@
+"""Methods from elsewhere, one file each, with the contract of `protocol.py`."""

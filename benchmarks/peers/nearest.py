@@ -1,0 +1,49 @@
+"""Local nearest neighbour: how far each place is from what training normals show at or beside it.
+
+As in SPADE (Cohen and Hoshen 2020), but neighbours are looked for at the same place of all normals, since panoramics
+align roughly. EfficientNet-Lite0 at strides 4, 8 and 16, each channel in units of its spread, on a grid of stride 8.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from anomaly import image_score
+from peers.frozen import PatchFeatures, finished_map
+
+REACH = 2  # places of the grid, to every side
+TOP_SHARE = 0.001  # of the map, whose mean is the score
+
+
+class Nearest:
+    """Every place against a window of all training normals."""
+
+    def __init__(self, seed: int, folder: Path):
+        self.features = PatchFeatures((4, 8, 16), pooled=True)
+
+    def fit(self, normals: np.ndarray) -> None:
+        """Keep the patches of all normals, standardized."""
+        parts = [self._patches(normals[first : first + 8]) for first in range(0, len(normals), 8)]
+        values = torch.cat(parts)
+        self.mean = values.mean((0, 2, 3), keepdim=True)
+        self.std = values.std((0, 2, 3), keepdim=True)
+        self.memory = ((values - self.mean) / self.std).half()  # (N, F, h, w)
+
+    def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps of the distance to the nearest neighbour, and the mean of their highest values."""
+        patches = (self._patches(images) - self.mean) / self.std
+        nearest = torch.full((len(images), *patches.shape[2:]), torch.inf)
+        size = 2 * REACH + 1
+        for row in range(patches.shape[2]):
+            rows = slice(max(0, row - REACH), row + REACH + 1)
+            strip = F.pad(self.memory[:, :, rows].float(), (REACH, REACH), value=1e3)  # beyond the border: far away
+            windows = strip.unfold(3, size, 1).permute(3, 0, 2, 4, 1).flatten(1, 3)  # (w, candidates, F)
+            nearest[:, row] = torch.cdist(patches[:, :, row].permute(2, 0, 1), windows).amin(-1).T
+        maps = finished_map(nearest, images.shape[1:])
+        return maps, image_score(torch.from_numpy(maps).unsqueeze(1), TOP_SHARE).numpy()
+
+    def _patches(self, images: np.ndarray) -> Tensor:
+        return F.avg_pool2d(self.features(images), 2)
