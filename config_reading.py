@@ -54,22 +54,24 @@ class ReaderConfig:
 
     # the reader sees the radiograph at this many times the model's size: small lesions need more pixels than G
     magnification: int = 2
-    # what it reads; features.py says what each is. encoder and image help where there is no backbone
-    features: tuple[str, ...] = ("latent", "trunk", "backbone")
-    # the network with ImageNet weights that it sees the radiograph through; auto: where it is installed
+    # what it reads; features.py says what each is. encoder helps where there is no backbone
+    features: tuple[str, ...] = ("image", "residual", "latent", "trunk", "segmenter")
+    # a network with ImageNet weights, which features backbone and segmenter need; auto: where installed
     backbone: Literal["auto", "efficientnet-lite0", "none"] = "auto"
     levels: tuple[float, ...] = (0.1, 0.25, 0.4)  # noise levels at which G is read
     stride: Literal[2, 4, 8] = 4  # pixels of the magnified image per place that gets a verdict
-    width: int = 64  # features of the reader's hidden layers
+    width: int = 64  # features of the hidden layers of reader and segmenter
     normals: int = 1_000  # training normals it learns on at most, spread evenly
-    steps: int = 20_000  # optimizer steps; small lesions gain by more
-    batch_size: int = 8  # radiographs per step
-    corrupted_share: float = 0.8  # of them; the rest are normals as they are
+    segmenter_steps: int = 20_000  # optimizer steps of the segmenter, which learns first; small lesions gain by more
+    copies: int = 4  # corrupted copies of each normal, beside the plain one
+    steps: int = 20_000  # optimizer steps of the reader
+    crops: int = 4  # per step of either, each a quarter of an image
+    corrupted_share: float = 0.8  # of the segmenter's crops; the rest are of normals as they are
     lr: float = 1e-3  # AdamW learning rate after warm-up
-    backbone_lr: float = 3e-4  # the same of the backbone, which begins with its ImageNet weights; 0 keeps it as it is
+    backbone_lr: float = 3e-4  # the same of the segmenter's backbone, which begins with its ImageNet weights
     lr_warmup_steps: int = 50  # linear warm-up, then cosine to a tenth of lr
     weight_decay: float = 0.01  # AdamW weight decay
-    dropout: float = 0.1  # share of G's features left out at random: no single one is relied on
+    dropout: float = 0.1  # share of the inputs left out at random: no single feature is relied on
     positive_weight: float = 3.0  # weight of changed places in the loss
     largest_deviation: float = 8.0  # standard deviations; beyond, more of the same says nothing new
     smallest_spread: float = 0.3  # of a feature's mean spread; a place's own spread below it (in air) is not believed
@@ -95,10 +97,10 @@ class ReaderConfig:
         inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
         require(inside, f"reader.levels needs noise levels in (0, 1), got {self.levels}")
         require(len(self.features) > 0, "reader.features needs at least one; features.py names them")
-        counts = ("width", "normals", "steps", "batch_size", "checkpoint_every")
+        counts = ("width", "normals", "segmenter_steps", "copies", "steps", "crops", "checkpoint_every")
         require_ranges("reader", self, counts, 1, 10**7)
-        require_positive("reader", self, ("lr", "positive_weight"))
-        require_ranges("reader", self, ("backbone_lr", "lr_warmup_steps", "weight_decay", "plain_weight"), 0)
+        require_positive("reader", self, ("lr", "backbone_lr", "positive_weight"))
+        require_ranges("reader", self, ("lr_warmup_steps", "weight_decay", "plain_weight"), 0)
         require_ranges("reader", self, ("dropout",), 0, 0.9)
         require_ranges("reader", self, ("corrupted_share",), 0, 1)
         require_ranges("reader", self, ("alignment", "smallest_spread", "smallest_verdict_spread"), 0, 1)

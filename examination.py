@@ -15,7 +15,7 @@ from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
 from normalizer import Normalizer
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from reader import Reader, stored_reader
-from reader_training import LAST, READER, reader_identity, train_reader
+from reader_training import READER, reader_identity, remove_scratch, train_reader
 from runtime import start
 
 
@@ -103,7 +103,7 @@ def reader_of(model: Normalizer, config: Config) -> Reader:
     if path.is_file():
         stored = stored_reader(path)
         if stored["belongs_to"] == reader_identity(model, config, stored["belongs_to"].get("pictures", "")):
-            (folder / LAST).unlink(missing_ok=True)
+            remove_scratch(folder)
             print(f"reader read from {path}")
             return Reader.rebuild(stored, model.device)
         print(f"the reader in {folder} belongs to other checkpoints or settings: trained anew")

@@ -1,40 +1,49 @@
-"""What the reader reads of G: one list of feature maps, each at the resolution where it arises.
+"""What the reader reads of a radiograph: one list of feature maps, each at the resolution where it arises.
 
 A feature is one function and one name: add the function, list it in FEATURES, and name it in reader.features of
-config_reading.py. No map is finer than the reader's grid of verdicts, (k H / stride, k W / stride). The name "backbone"
-stands for what the reader's own network sees of the radiograph (`reader.py`).
+config_reading.py. No map is finer than the reader's grid of verdicts, (k H / stride, k W / stride).
 """
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from backbone import STRIDES, backbone_name
+from backbone import Backbone, backbone_name
 from checks import UsageError
 from config_reading import ReaderConfig
+from crops import WHOLE, positions
 from normalizer import Examined
-
-Feature = Callable[[Examined, ReaderConfig], list[Tensor]]
-BACKBONE = "backbone"
+from segmenter import COARSEST, Segmenter
 
 
-def image(seen: Examined, settings: ReaderConfig) -> list[Tensor]:
+class Eyes(NamedTuple):
+    """Networks that look at the image itself; None where there is no backbone or nobody asks for it."""
+
+    backbone: Backbone | None = None
+    segmenter: Segmenter | None = None
+
+
+Feature = Callable[[Examined, ReaderConfig, Eyes], list[Tensor]]
+
+
+def image(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
     """Mean, highest and lowest grey level of each place."""
     cell = settings.stride
     highest, lowest = F.max_pool2d(seen.detail, cell), -F.max_pool2d(-seen.detail, cell)
     return [torch.cat([F.avg_pool2d(seen.detail, cell), highest, lowest], dim=1)]
 
 
-def residual(seen: Examined, settings: ReaderConfig) -> list[Tensor]:
+def residual(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
     """x - dec(enc(x)) and its size: what the autoencoder cannot say."""
     lost = seen.x - seen.reconstruction
     return [torch.cat([lost, lost.abs()], dim=1)]
 
 
-def latent(seen: Examined, settings: ReaderConfig) -> list[Tensor]:
+def latent(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
     """z, what G changed of it at each noise level, and how far the two heads disagree there."""
     parts = [seen.z]
     for level in settings.levels:
@@ -44,62 +53,84 @@ def latent(seen: Examined, settings: ReaderConfig) -> list[Tensor]:
     return [torch.cat(parts, dim=1)]
 
 
-def trunk(seen: Examined, settings: ReaderConfig) -> list[Tensor]:
+def trunk(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
     """What the two heads of G share, at the lowest noise level."""
     return [seen.estimate(min(settings.levels)).features]
 
 
-def encoder(seen: Examined, settings: ReaderConfig) -> list[Tensor]:
+def encoder(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
     """What the autoencoder's encoder felt at strides 1, 2 and 4 of x."""
     return seen.encoder_features
 
 
-FEATURES: dict[str, Feature] = {feature.__name__: feature for feature in (image, residual, latent, trunk, encoder)}
+def backbone(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
+    """What a network trained on ImageNet feels; nothing where there is none."""
+    return eyes.backbone(seen.detail) if eyes.backbone is not None else []
+
+
+def segmenter(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
+    """What it feels after it learnt to mark corruptions, and its own verdict; nothing where there is no backbone."""
+    if eyes.segmenter is None:
+        return []
+    size = seen.detail.shape[-2] // COARSEST, seen.detail.shape[-1] // COARSEST
+    places = positions(size, [WHOLE] * len(seen.detail), seen.detail.device)
+    return [torch.cat(eyes.segmenter(seen.detail, places), dim=1)]
+
+
+FEATURES: dict[str, Feature] = {
+    feature.__name__: feature for feature in (image, residual, latent, trunk, encoder, backbone, segmenter)
+}
 
 
 def with_backbone(settings: ReaderConfig) -> ReaderConfig:
-    """The settings with reader.backbone resolved, a name or none; UsageError for a feature that nobody knows."""
-    known = (*FEATURES, BACKBONE)
-    unknown = [name for name in settings.features if name not in known]
+    """The settings with reader.backbone resolved: a name, or none."""
+    wanted = {"backbone", "segmenter"} & set(settings.features)
+    return replace(settings, backbone=backbone_name(settings.backbone) if wanted else "none")
+
+
+def check_features(settings: ReaderConfig) -> None:
+    """UsageError for a feature that nobody knows."""
+    unknown = [name for name in settings.features if name not in FEATURES]
     if unknown:
-        raise UsageError(f"reader.features: {unknown[0]} is unknown, choose from {', '.join(known)}")
-    found = backbone_name(settings.backbone) if BACKBONE in settings.features else "none"
-    if found == "none" and set(settings.features) == {BACKBONE}:
-        raise UsageError("reader.features holds the backbone alone, and none is installed: name another feature")
-    return replace(settings, backbone=found)
+        raise UsageError(f"reader.features: {unknown[0]} is unknown, choose from {', '.join(FEATURES)}")
+
+
+def learns_to_segment(settings: ReaderConfig) -> bool:
+    """Whether a segmenter is to be trained: it is asked for, and there is a backbone to begin with."""
+    return "segmenter" in settings.features and with_backbone(settings).backbone != "none"
 
 
 class FeatureExtractor:
-    """The chosen features of a batch; UsageError for one that nobody knows."""
+    """The chosen features of a batch; UsageError for a feature that nobody knows.
 
-    def __init__(self, settings: ReaderConfig):
+    The segmenter is the one that was trained for these settings.
+    """
+
+    def __init__(self, settings: ReaderConfig, device: torch.device | str, segmenter: Segmenter | None = None):
+        check_features(settings)
         self.settings = with_backbone(settings)
+        frozen = "backbone" in settings.features and self.settings.backbone != "none"
+        self.eyes = Eyes(Backbone().to(device) if frozen else None, segmenter)
 
     @torch.no_grad()
     def __call__(self, seen: Examined) -> list[Tensor]:
         """Feature maps, each (B, F, h, w) with its own F, h and w; UsageError if the sizes do not nest."""
-        names = [name for name in self.settings.features if name != BACKBONE]
-        names = sorted(names, key=lambda name: name != "encoder")  # it gives z, too
-        found = [part for name in names for part in FEATURES[name](seen, self.settings)]
+        names = sorted(self.settings.features, key=lambda name: name != "encoder")  # it gives z, too
+        found = [part for name in names for part in FEATURES[name](seen, self.settings, self.eyes)]
+        if not found:
+            raise UsageError("reader.features needs a backbone, and none is installed: name another feature")
         grid = self.grid(seen)
         maps = [F.adaptive_avg_pool2d(part, grid) if part.shape[-2] > grid[0] else part for part in found]
-        self._check_sizes(seen, [tuple(part.shape[-2:]) for part in maps])
+        coarsest = min(part.shape[-2] for part in maps), min(part.shape[-1] for part in maps)
+        for size in [grid, *(part.shape[-2:] for part in maps)]:
+            if size[0] % coarsest[0] or size[1] % coarsest[1] or size[0] * coarsest[1] != size[1] * coarsest[0]:
+                raise UsageError(
+                    f"the reader's features at {tuple(coarsest)} and {tuple(size)} do not nest: use a data.height and "
+                    "a data.width that are multiples of 32, or another reader.magnification"
+                )
         return maps
 
     def grid(self, seen: Examined) -> tuple[int, int]:
         """How many places get a verdict, down and across."""
         height, width = seen.detail.shape[-2:]
         return height // self.settings.stride, width // self.settings.stride
-
-    def _check_sizes(self, seen: Examined, sizes: list[tuple[int, int]]) -> None:
-        """Each resolution must be a whole multiple of every coarser one, and the image of all of them."""
-        sizes = [tuple(seen.detail.shape[-2:]), self.grid(seen), *sizes]
-        if self.settings.backbone != "none":
-            sizes += [tuple(-(-size // stride) for size in sizes[0]) for stride in STRIDES]  # rounded up, as it does
-        rows, columns = min(sizes)
-        for size in sizes:
-            if size[0] % rows or size[1] % columns or size[0] * columns != size[1] * rows:
-                raise UsageError(
-                    f"the reader's features at {(rows, columns)} and {size} do not nest: use a data.height and a "
-                    "data.width that are multiples of 32, or another reader.magnification"
-                )

@@ -47,8 +47,9 @@ TABLE = (
     ("inference.figures",             SAME,                    24),
     ("calibration.blurs",             SAME,                    (0.008, 0.016, 0.032)),
     ("calibration.alignment",         SAME,                    0.024),
-    ("reader.steps",                  1_500,                   700),
-    ("reader.batch_size",             1,                       1),
+    ("reader.segmenter_steps",        1_200,                   800),
+    ("reader.copies",                 2,                       2),
+    ("reader.steps",                  3_000,                   2_000),
     ("runtime.device",                "cpu",                   "cpu"),
     ("runtime.checkpoint_every",      150,                     400),
 )

@@ -1,35 +1,42 @@
-"""How the reader learns: first what normals show, then, on corrupted normals, how a place looks that does not belong.
+"""How the reader learns: on corrupted training normals, whose features are kept on disk while it trains.
 
-Corruptions are drawn when their turn comes and never come again; G is asked about each image anew. A training that was
-killed goes on where it was and ends with the same weights.
+First the segmenter learns, then a pool of features is made, of every normal and of corrupted copies, then the reader's
+network is trained on crops of it. All three go on where they were killed; the pool is removed when the reader is saved.
 """
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checks import UsageError
 from config import Config
-from corrupted_normals import CorruptedNormals, save_sheet
+from corrupted_normals import save_sheet, training_image
 from corruption import check_fills
-from features import FeatureExtractor, with_backbone
-from files import load_checkpoint, save_checkpoint
+from crops import Crop, cropped, positions, quarter
+from features import FeatureExtractor, check_features, learns_to_segment, with_backbone
+from files import load_checkpoint, save_checkpoint, weights_sha256, write_json
 from normalizer import Normalizer
-from reader import FeatureStatistics, Reader, statistics_of
-from runtime import learning_rate, stream_seed, training_precision
+from reader import FeatureStatistics, Reader, ReaderNetwork
+from runtime import learning_rate, set_learning_rate, stream_seed
+from segmenter_training import autocast, precision_of_training, train_segmenter
+from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
 READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight")
 RECIPE = 3  # raise it when code changes what a reader learns from
-READER, LAST, SHEET = "reader.pt", "reader_last.pt", "corruptions.png"  # in the calibration's folder
+# in the calibration's folder
+READER, LAST, POOL, SHEET = "reader.pt", "reader_last.pt", "reader_pool", "corruptions.png"
+SEGMENTER_LAST = "segmenter_last.pt"
 
 
 def reader_identity(model: Normalizer, config: Config, pictures: str) -> dict:
@@ -54,114 +61,201 @@ def train_reader(
         raise UsageError(
             "the reader needs two training normals or more: give data.root some, or use --inference.method plain"
         )
-    began, settings = time.monotonic(), with_backbone(config.reader)
-    identity = reader_identity(model, config, pictures)
+    began, identity = time.monotonic(), reader_identity(model, config, pictures)
+    check_features(config.reader)
+    settings = with_backbone(config.reader)
     print(
-        f"training the reader on {len(images)} normals, {settings.steps} steps of {settings.batch_size}, backbone "
-        f"{settings.backbone}: made once for these checkpoints, kept in {folder}"
+        f"training the reader on {len(images)} normals, {settings.copies} corrupted copies of each, {settings.steps} "
+        f"steps, backbone {settings.backbone}: made once for these checkpoints, kept in {folder}"
     )
     save_sheet(images, config, folder / SHEET)
     run = identity | {"precision": precision_of_training(config, model.device)}
-    stored = resume_point(folder / LAST, run, config)
-    statistics = statistics_of(stored["statistics"]) if stored else survey(model, images, config)
-    rows = images[0].shape[0] // settings.stride
-    torch.manual_seed(stream_seed(config.runtime.seed, "reader", "weights"))
-    reader = Reader.untrained([part.to(model.device) for part in statistics], rows, settings, identity)
-    reader.network.to(model.device)
-    fit(reader, model, images, config, run, folder / LAST, stored)
+    segmenter = None
+    if learns_to_segment(settings):
+        segmenter = train_segmenter(images, config, run, folder / SEGMENTER_LAST, model.device)
+        run |= {"segmenter_sha256": weights_sha256(segmenter.state_dict())}
+    extractor = FeatureExtractor(settings, model.device, segmenter)
+    pool = make_pool(model, extractor, images, config, run, folder / POOL)
+    statistics = pool.statistics(config)
+    network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
+    on_device = [part.to(model.device) for part in statistics]
+    reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, identity)
     reader.save(folder / READER)
-    (folder / LAST).unlink(missing_ok=True)
+    remove_scratch(folder)
     print(f"trained the reader in {(time.monotonic() - began) / 60:.1f} minutes")
     return reader
 
 
-def resume_point(last: Path, run: dict, config: Config) -> dict | None:
-    """What a killed training of this identity left; None if there is nothing of it."""
-    if not (config.runtime.resume and last.is_file()):
-        return None
-    stored = load_checkpoint(last, "reader training", "python inference.py --runtime.resume False")
-    if stored["identity"] != run:
-        return None
-    print(f"the reader goes on from step {stored['step']}")
-    return stored
+def remove_scratch(folder: Path) -> None:
+    """What a training needs to go on, and nobody else."""
+    (folder / LAST).unlink(missing_ok=True)
+    (folder / SEGMENTER_LAST).unlink(missing_ok=True)
+    _remove_pool(folder / POOL)
 
 
-def precision_of_training(config: Config, device: torch.device) -> str:
-    """What is computed in while the reader learns: bf16 or no; it is read in float32."""
-    return training_precision(config.runtime, device.type == "cpu")
+def _remove_pool(folder: Path) -> None:
+    (folder / "pool.json").unlink(missing_ok=True)  # first: nobody takes what is half removed for a pool
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The same as a context."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of_training(config, device) == "bf16")
+# ---------------------------------------------------------------- the pool
 
 
-def survey(model: Normalizer, images: Sequence[np.ndarray], config: Config) -> list[FeatureStatistics]:
-    """What normals show in each feature map of G, per channel and per place."""
-    extractor, size = FeatureExtractor(config.reader), config.inference.batch_size
-    sums: list[list] = []
-    with tqdm(total=len(images), desc="reader: normals", unit="image") as progress:
-        for first in range(0, len(images), size):
-            batch = torch.from_numpy(np.stack(images[first : first + size])).unsqueeze(1)
-            seen = model.examine(batch, config.reader.magnification)
-            with autocast(config, model.device):
-                maps = [part.cpu().double() for part in extractor(seen)]
-            sums = sums or [[0, 0] for _ in maps]
-            for both, values in zip(sums, maps, strict=True):
-                both[0] = both[0] + values.sum(0, keepdim=True)
-                both[1] = both[1] + values.square().sum(0, keepdim=True)
-            progress.update(len(batch))
-    return [FeatureStatistics.of(total, squares, len(images), config.reader) for total, squares in sums]
+@dataclass(frozen=True)
+class Pool:
+    """Features of normals, first as they are, then corrupted, and where they were changed; mapped from disk."""
+
+    features: list[np.ndarray]  # each float16 (N, F, h, w)
+    changed: np.ndarray  # uint8 (N, h, w), the changed share of each place of the reader's grid, 255 is all
+    plain: int  # the first so many rows are normals as they are
+
+    def statistics(self, config: Config) -> list[FeatureStatistics]:
+        """What normals show, per channel and per place."""
+        found = []
+        for maps in self.features:
+            total, squares = 0, 0
+            for row in range(self.plain):
+                values = torch.from_numpy(np.array(maps[row : row + 1])).double()
+                total, squares = total + values, squares + values.square()
+            centre = (total / self.plain).mean(dim=(2, 3), keepdim=True)
+            spread = (squares / self.plain).mean(dim=(2, 3), keepdim=True) - centre.square()
+            least = 2**-8 * centre.abs() + 1e-6  # what half precision cannot tell apart is no spread
+            scale = spread.clamp_min(0).sqrt().clamp_min(least)
+            places = pixel_statistics(total, squares, self.plain, config.reader)
+            places = replace(places, mean=places.mean.float(), std=places.std.clamp_min(least).float())
+            found.append(FeatureStatistics(centre.float(), scale.float(), places))
+        return found
+
+    def batch(self, rows: Sequence[int], crops: list[Crop]) -> tuple[list[Tensor], Tensor]:
+        """Cropped feature maps (B, F, ., .) and the changed shares (B, 1, ., .) in [0, 1]."""
+
+        def part_of(array: np.ndarray) -> Tensor:  # cropped on the disk: the rest is never read
+            parts = [cropped(array[row], crop) for row, crop in zip(rows, crops, strict=True)]
+            return torch.from_numpy(np.stack(parts)).float()
+
+        return [part_of(maps) for maps in self.features], part_of(self.changed[:, None]) / 255
 
 
-def fit(
-    reader: Reader,
+def make_pool(
     model: Normalizer,
+    extractor: FeatureExtractor,
     images: Sequence[np.ndarray],
     config: Config,
-    run: dict,
+    identity: dict,
+    folder: Path,
+) -> Pool:
+    """The pool in `folder`: read as far as an interrupted run came, the rest made."""
+    settings, size = config.reader, config.inference.batch_size
+    rows = len(images) * (1 + settings.copies)
+    done, arrays = _pool_so_far(folder, identity) if config.runtime.resume else (0, [])
+    if done:
+        print(f"the features of {done} of {rows} images are there already")
+    else:
+        _remove_pool(folder)
+        folder.mkdir(parents=True)
+    with tqdm(total=rows, initial=done, desc="reader: features", unit="image") as progress:
+        for first in range(done, rows, size):
+            numbers = range(first, min(first + size, rows))
+            made = [training_image(images, number, config) for number in numbers]
+            batch = torch.from_numpy(np.stack([picture for picture, _ in made])).unsqueeze(1)
+            seen = model.examine(batch, settings.magnification)
+            with autocast(config, model.device):
+                maps = [part.half().cpu().numpy() for part in extractor(seen)]
+            changed = torch.from_numpy(np.stack([mask for _, mask in made])).unsqueeze(1).float()
+            shares = (255 * F.avg_pool2d(changed, settings.stride)[:, 0]).round().byte().numpy()
+            if not arrays:
+                arrays = [
+                    _room(folder / f"{number:02d}.npy", part.dtype, (rows, *part.shape[1:]))
+                    for number, part in enumerate([*maps, shares])
+                ]
+            for array, part in zip(arrays, [*maps, shares], strict=True):
+                array[numbers.start : numbers.stop] = part
+            if numbers.stop == rows or (first // size) % 8 == 7:
+                for array in arrays:
+                    array.flush()
+                progress_of_pool = {"done": numbers.stop, "shapes": [list(array.shape) for array in arrays]}
+                write_json(folder / "pool.json", progress_of_pool | {"identity": identity})
+            progress.update(len(numbers))
+    return Pool(arrays[:-1], arrays[-1], len(images))
+
+
+def _pool_so_far(folder: Path, identity: dict) -> tuple[int, list[np.ndarray]]:
+    """How many rows an interrupted run of this identity left, and its arrays; none where they are not whole."""
+    try:
+        stored = json.loads((folder / "pool.json").read_text())
+        paths = sorted(folder.glob("*.npy"))
+        for path in paths:
+            np.load(path, mmap_mode="r", allow_pickle=False)  # opened to be written, a cut file would only grow again
+        arrays = [np.load(path, mmap_mode="r+", allow_pickle=False) for path in paths]
+        whole = stored["identity"] == identity and stored["shapes"] == [list(array.shape) for array in arrays]
+    except (OSError, ValueError, KeyError, TypeError):  # there is nothing, or something else: made anew
+        return 0, []
+    return (stored["done"], arrays) if whole else (0, [])
+
+
+def _room(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """An array on disk whose room is taken at once: writing into a mapped file on a full disk would kill Python."""
+    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
+# ---------------------------------------------------------------- training
+
+
+def fit_network(
+    pool: Pool,
+    statistics: list[FeatureStatistics],
+    config: Config,
+    identity: dict,
     last: Path,
-    stored: dict | None,
-) -> None:
-    """reader.steps steps of binary cross-entropy on corrupted normals; `last` keeps what a killed run goes on from."""
-    settings, network, device = config.reader, reader.network.train(), model.device
-    pretrained = list(network.backbone.parameters()) if network.backbone is not None else []
-    for parameter in pretrained:
-        parameter.requires_grad_(settings.backbone_lr > 0)
-    known = {id(parameter) for parameter in pretrained}
-    new = [parameter for parameter in network.parameters() if id(parameter) not in known]
-    rates = (settings.lr, settings.backbone_lr)
-    groups = [{"params": part, "lr": rate} for part, rate in zip((new, pretrained), rates, strict=True)]
-    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    device: torch.device | str,
+) -> ReaderNetwork:
+    """The network after reader.steps steps of binary cross-entropy on crops of the pool."""
+    settings, seed = config.reader, config.runtime.seed
+    torch.manual_seed(stream_seed(seed, "reader", "weights"))
+    channels = [part.centre.shape[1] for part in statistics]
+    network = ReaderNetwork(channels, settings.width, settings.dropout).to(device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     begun = 0
-    if stored:
-        network.load_state_dict(stored["weights"])
-        optimizer.load_state_dict(stored["optimizer"])
-        begun = stored["step"]
-    numbers = range(begun * settings.batch_size, settings.steps * settings.batch_size)
-    workers = config.data.num_workers if numbers else 0
-    batches = DataLoader(CorruptedNormals(images, config), settings.batch_size, sampler=numbers, num_workers=workers)
+    if config.runtime.resume and last.is_file():
+        stored = load_checkpoint(last, "reader training", "python inference.py --runtime.resume False")
+        if stored["identity"] == identity:
+            network.load_state_dict(stored["weights"])
+            optimizer.load_state_dict(stored["optimizer"])
+            begun = stored["step"]
+    known = [part.to(device) for part in statistics]
+    grid = tuple(pool.changed.shape[1:])
+    coarsest = min((part.shape[2:] for part in pool.features), key=lambda size: size[0])
     weight = torch.tensor(settings.positive_weight, device=device)
     running = None
-    progress = tqdm(batches, desc="reader: training", initial=begun, total=settings.steps, unit="step")
-    for step, (batch, changed) in enumerate(progress, begun):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = learning_rate(step, rate, settings.lr_warmup_steps, settings.steps)
-        torch.manual_seed(stream_seed(config.runtime.seed, "reader dropout", step))
-        with autocast(config, device):
-            logits = reader.verdict(model.examine(batch, settings.magnification)).float()
-        share = F.avg_pool2d(changed.to(device), settings.stride)
-        loss = F.binary_cross_entropy_with_logits(logits, share, pos_weight=weight)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        if step % 20 == 0:
-            now = float(loss.detach())
-            running = now if running is None else 0.9 * running + 0.1 * now
-            progress.set_postfix(loss=f"{running:.4f}")
-        if (step + 1) % settings.checkpoint_every == 0:
-            state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}
-            whole = {"identity": run, "step": step + 1, "statistics": reader.arrays(), **state}
-            save_checkpoint(last, "reader training", whole)
-    network.requires_grad_(False).eval()
+    with tqdm(total=settings.steps, initial=begun, desc="reader: training", unit="step") as progress:
+        for step in range(begun, settings.steps):
+            set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, settings.steps))
+            random = np.random.default_rng(stream_seed(seed, "reader crops", step))
+            torch.manual_seed(stream_seed(seed, "reader dropout", step))
+            rows = random.integers(len(pool.changed), size=settings.crops).tolist()
+            crops = [quarter(coarsest, random) for _ in rows]
+            maps, changed = pool.batch(rows, crops)
+            inputs = [
+                part.standardize(values.to(device), settings.largest_deviation, crops)
+                for part, values in zip(known, maps, strict=True)
+            ]
+            with autocast(config, torch.device(device)):
+                logits = network(inputs, positions(grid, crops, device)).float()
+            loss = F.binary_cross_entropy_with_logits(logits, changed.to(device), pos_weight=weight)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            if step % 50 == 0:
+                now = float(loss.detach())
+                running = now if running is None else 0.8 * running + 0.2 * now
+                progress.set_postfix(loss=f"{running:.4f}")
+            progress.update()
+            if (step + 1) % settings.checkpoint_every == 0:
+                state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}
+                save_checkpoint(last, "reader training", {"identity": identity, "step": step + 1, **state})
+    return network

@@ -44,6 +44,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("train_vae.py", "extract_latents.py", "train_flowdiff.py")
 
 
+def features(*left_out: str) -> tuple[str, ...]:
+    """The flags of a reader that does not read these."""
+    return ("--reader.features", *(name for name in ReaderConfig().features if name not in left_out))
+
+
 def fills(*left_out: str) -> tuple[str, ...]:
     """The flags of a reader that learns on none of these."""
     return ("--reader.fills", *(name for name in ReaderConfig().fills if name not in left_out))
@@ -60,12 +65,11 @@ OURS: dict[str, tuple[str, ...]] = {
         *("--inference.noise-level", "0.001", "--inference.solver", "one_step", "--inference.draws", "1"),
     ),
     # what the reader reads
-    "reader: without G": ("--reader.features", "backbone"),
-    "reader: frozen backbone alone": ("--reader.features", "backbone", "--reader.backbone-lr", "0"),
-    "reader: frozen backbone": ("--reader.backbone-lr", "0"),
-    "reader: G alone": ("--reader.features", "image", "residual", "latent", "trunk", "encoder"),
-    "reader: without inner features of G": ("--reader.features", "latent", "backbone"),
-    "reader: with the residual": ("--reader.features", "latent", "trunk", "residual", "backbone"),
+    "reader: backbone alone": ("--reader.features", "backbone"),
+    "reader: without G": features("latent", "trunk", "residual"),
+    "reader: without the backbone": features("backbone"),
+    "reader: without the image": features("image"),
+    "reader: without inner features of G": features("trunk"),
     "reader: without the plain map": ("--reader.plain-weight", "0"),
     # what it learns from
     "reader: without offset and shade": fills("offset", "shade"),

@@ -13,13 +13,14 @@ FILES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference"}
 PARTS = {"anomaly", "calibration", "dataset", "flowdiff_loss", "flowdiff_model", "fusion", "latent_dataset"}
 PARTS |= {"corrupted_normals", "examination", "features", "model", "normalizer", "reader", "reader_training"}
-PARTS |= {"standardization"}
+PARTS |= {"segmenter", "segmenter_training", "standardization"}
 LEAVES = {
     "backbone",
     "checks",
     "command_line",
     "config_reading",
     "corruption",
+    "crops",
     "files",
     "flowdiff_process",
     "image_ops",

@@ -1,4 +1,4 @@
-"""The learned reading: its network, its features, what it learns on and how, on networks with random weights."""
+"""The learned reading: its network, its features, its pool and its training, on networks with random weights."""
 
 import dataclasses
 import json
@@ -10,25 +10,34 @@ from pipeline import opens
 from test_calibration import images, tiny_normalizer
 from torch import nn
 
-from backbone import CHANNELS, STRIDES, Backbone, backbone_name
+from backbone import Backbone, backbone_name
 from calibration import Calibration, calibrate, readings_of, shaping
 from checks import UsageError
 from config import Config, DataConfig, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
-from corrupted_normals import CorruptedNormals
-from features import FEATURES, FeatureExtractor, with_backbone
+from corrupted_normals import training_image
+from crops import cropped, positions
+from features import FEATURES, Eyes, FeatureExtractor
 from image_ops import gaussian_blur
-from reader import FeatureStatistics, Reader, ReaderNetwork, positions
-from reader_training import LAST, READER, SHEET, reader_identity, survey, train_reader
-from runtime import learning_rate
+from reader import FeatureStatistics, Reader, ReaderNetwork
+from reader_training import (
+    LAST,
+    POOL,
+    READER,
+    SHEET,
+    fit_network,
+    make_pool,
+    reader_identity,
+    train_reader,
+)
 from standardization import PixelStatistics
 
-OWN = tuple(FEATURES)
-needs_backbone = pytest.mark.skipif(backbone_name("auto") == "none", reason="no backbone is installed")
+ALL = ("image", "residual", "latent", "trunk", "encoder", "backbone")
+OWN = ALL[:-1]
 
 
 def config_for(**changes):
-    given = {"features": OWN, "backbone": "none", "steps": 12, "batch_size": 2, "width": 8, "checkpoint_every": 5}
+    given = {"features": OWN, "backbone": "none", "steps": 12, "copies": 1, "width": 8, "checkpoint_every": 5}
     inference = InferenceConfig(method="reader", solver="one_step", batch_size=4)
     return Config(data=DataConfig(num_workers=0), inference=inference, reader=ReaderConfig(**given | changes))
 
@@ -60,27 +69,27 @@ def test_x_is_the_mean_of_each_cell_of_the_magnified_image(model):
 
 def test_nothing_is_decoded_before_somebody_asks(model):
     seen = seen_by(model)
-    FeatureExtractor(config_for(features=("image", "latent", "trunk", "encoder")).reader)(seen)
+    FeatureExtractor(config_for(features=("image", "latent", "trunk", "encoder")).reader, "cpu")(seen)
     assert not {"normal", "reconstruction"} & set(vars(seen))
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_each_feature_lies_on_the_grid_or_is_coarser_by_a_whole_factor(name, model):
     seen, settings = seen_by(model), config_for(features=(name,)).reader
-    for part in FeatureExtractor(settings)(seen):
+    for part in FeatureExtractor(settings, "cpu")(seen):
         assert 32 % part.shape[-1] == 0 and part.shape[0] == 2 and torch.isfinite(part).all()
 
 
 def test_latent_features_are_z_and_what_g_changed(model):
     seen, settings = seen_by(model), config_for(levels=(0.1, 0.3)).reader
-    (found,) = FEATURES["latent"](seen, settings)
+    (found,) = FEATURES["latent"](seen, settings, Eyes())
     assert found.shape[1] == 4 + 2 * (4 + 1)
     torch.testing.assert_close(found[:, :4] - found[:, 4:8], seen.estimate(0.1).z)
 
 
 def test_an_unknown_feature_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match="reader.features: smell is unknown, choose from image, residual"):
-        FeatureExtractor(config_for(features=("smell",)).reader)
+        FeatureExtractor(config_for(features=("smell",)).reader, "cpu")
 
 
 def test_a_backbone_asked_for_by_name_must_be_there(monkeypatch):
@@ -90,17 +99,12 @@ def test_a_backbone_asked_for_by_name_must_be_there(monkeypatch):
         backbone_name("efficientnet-lite0")
 
 
-@needs_backbone
-def test_the_backbone_feels_at_four_strides_and_is_frozen_until_asked():
-    backbone = Backbone()
-    assert not any(parameter.requires_grad for parameter in backbone.parameters()) and not backbone.training
-    shapes = [tuple(part.shape[1:]) for part in backbone(torch.zeros(1, 1, 64, 128))]
-    assert shapes == [(count, 64 // stride, 128 // stride) for count, stride in zip(CHANNELS, STRIDES, strict=True)]
-
-
-def test_a_backbone_alone_that_is_not_there_leaves_nothing_to_read():
-    with pytest.raises(UsageError, match="holds the backbone alone, and none is installed"):
-        with_backbone(config_for(features=("backbone",)).reader)
+@pytest.mark.skipif(backbone_name("auto") == "none", reason="no backbone is installed")
+def test_the_backbone_feels_at_four_strides_and_is_frozen():
+    eye = Backbone()
+    assert not any(parameter.requires_grad for parameter in eye.parameters()) and not eye.training
+    shapes = [tuple(part.shape[1:]) for part in eye(torch.zeros(1, 1, 64, 128))]
+    assert shapes == [(16, 32, 64), (24, 16, 32), (40, 8, 16), (112, 4, 8)]
 
 
 # ---------------------------------------------------------------- the network
@@ -113,155 +117,105 @@ def test_entering_before_enlarging_is_enlarging_before_entering():
     torch.testing.assert_close(enlarged(enter(part)), enter(enlarged(part)))
 
 
-def test_positions_run_from_minus_one_to_one():
-    whole = positions((8, 16), "cpu")
-    assert whole.shape == (1, 2, 8, 16)
+def test_positions_run_from_minus_one_to_one_and_a_crop_knows_where_it_lies():
+    whole = positions((8, 16), [(0.0, 0.0, 1.0)], "cpu")
     assert whole[0, :, 0, 0].tolist() == [-1, -1] and whole[0, :, -1, -1].tolist() == [1, 1]
+    torch.testing.assert_close(positions((8, 16), [(0.5, 0.25, 0.5)], "cpu"), whole[..., 4:8, 4:12])
 
 
-def test_features_are_standardized_by_channel_and_by_place():
+def test_features_are_standardized_by_channel_and_by_place_where_the_crop_lies():
     places = PixelStatistics(torch.randn(1, 3, 4, 8), torch.rand(1, 3, 4, 8) + 0.5)
     known = FeatureStatistics(torch.ones(1, 3, 1, 1), torch.full((1, 3, 1, 1), 2.0), places)
-    values = torch.randn(1, 3, 4, 8)
-    whole = known.standardize(values, 100.0)
+    values, crop = torch.randn(1, 3, 4, 8), (0.5, 0.25, 0.5)
+    whole = known.standardize(values, 100.0, [(0.0, 0.0, 1.0)])
     torch.testing.assert_close(whole[:, :3], (values - 1) / 2)
     torch.testing.assert_close(whole[:, 3:], (values - places.mean) / places.std)
-    assert known.standardize(100 * values, 8.0).abs().max() == 8
+    torch.testing.assert_close(known.standardize(cropped(values, crop), 100.0, [crop]), cropped(whole, crop))
+    assert known.standardize(100 * values, 8.0, [(0.0, 0.0, 1.0)]).abs().max() == 8
 
 
-def test_maps_of_every_resolution_reach_the_verdict():
-    network = ReaderNetwork([(3, 1), (2, 4)], config_for(dropout=0.0).reader)
-    parts = [torch.randn(1, 6, 16, 32, requires_grad=True), torch.randn(1, 4, 4, 8, requires_grad=True)]
-    logits = network(torch.zeros(1, 1, 64, 128), parts)
-    logits.sum().backward()
-    assert logits.shape == (1, 1, 16, 32) and all(part.grad.abs().max() > 0 for part in parts)
+# ---------------------------------------------------------------- the pool
 
 
-def test_the_network_has_no_way_to_see_beyond_its_inputs():
-    """The same features at another place give another logit only through the position."""
-    network = ReaderNetwork([(3, 1)], config_for().reader).eval()
-    nn.init.zeros_(network.place.weight)
-    inner = network(torch.zeros(1, 1, 64, 64), [torch.ones(1, 6, 16, 16)])[0, 0, 4:-4, 4:-4]
-    torch.testing.assert_close(inner, inner[:1, :1].expand_as(inner))
+@pytest.fixture
+def pool(model, tmp_path):
+    config = config_for()
+    return make_pool(model, FeatureExtractor(config.reader, "cpu"), normals(), config, {}, tmp_path / POOL)
 
 
-@needs_backbone
-@pytest.mark.parametrize("stride", [2, 4, 8])
-def test_it_learns_everywhere_but_in_the_statistics_of_batch_normalization(stride):
-    settings = with_backbone(ReaderConfig(features=("backbone",), width=8, stride=stride))
-    network = ReaderNetwork([], settings).train()
-    before = {name: value.clone() for name, value in network.named_buffers()}
-    logits = network(torch.rand(2, 1, 64, 128), [])
-    logits.square().sum().backward()
-    assert logits.shape == (2, 1, 64 // stride, 128 // stride)
-    assert all(parameter.grad is not None for parameter in network.parameters())
-    for name, value in network.named_buffers():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+def test_the_pool_holds_normals_as_they_are_and_corrupted_copies(pool):
+    assert pool.plain == 6 and pool.changed.shape == (12, 32, 32)
+    assert pool.changed[:6].max() == 0 and all(pool.changed[row].max() > 0 for row in range(6, 12))
 
 
-# ---------------------------------------------------------------- what it learns on
+def test_statistics_of_the_pool_are_those_of_numpy(pool):
+    known = pool.statistics(config_for(alignment=0.0, smallest_spread=0.0))
+    for part, values in zip(known, pool.features, strict=True):
+        plain = np.asarray(values[:6], np.float64)
+        np.testing.assert_allclose(part.places.mean[0], plain.mean(0), atol=1e-5)
+        np.testing.assert_allclose(part.places.std[0], plain.std(0).clip(1e-8), rtol=1e-2, atol=1e-4)
+        np.testing.assert_allclose(part.scale.flatten(), plain.std((0, 2, 3)), rtol=1e-2, atol=1e-4)
 
 
-def test_an_image_is_drawn_by_its_number_alone():
-    first, second = (CorruptedNormals(normals(), config_for()) for _ in range(2))
-    first[0]
-    for one, other in zip(first[5], second[5], strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=0)
+def test_crops_of_features_and_of_what_changed_lie_at_one_place(pool):
+    crop = (0.5, 0.25, 0.5)
+    maps, changed = pool.batch([7], [crop])
+    torch.testing.assert_close(changed[0, 0], torch.from_numpy(np.array(pool.changed[7]))[16:, 8:24].float() / 255)
+    assert {part.shape[-1] for part in maps} == {part.shape[-1] // 2 for part in pool.features}
 
 
-def test_most_images_are_corrupted_and_half_are_mirrored():
-    slope = np.broadcast_to(np.linspace(-0.5, 0.5, 128, dtype=np.float32), (128, 128))
-    drawn = CorruptedNormals([slope] * 2, config_for(fewest_corruptions=1, most_corruptions=1))
-    items = [drawn[number] for number in range(60)]
-    assert 0.6 < np.mean([float(changed.max()) for _, changed in items]) < 0.95
-    assert 0.25 < np.mean([float(image[0, 0, 0] > image[0, 0, -1]) for image, _ in items]) < 0.75
+def test_a_pool_that_was_interrupted_goes_on_and_is_the_same(pool, model, tmp_path):
+    config, other = config_for(), tmp_path / "other"
+    extractor = FeatureExtractor(config.reader, "cpu")
+    make_pool(model, extractor, normals(), config, {}, other)
+    stored = json.loads((other / "pool.json").read_text())
+    (other / "pool.json").write_text(json.dumps(stored | {"done": 4}))
+    for path in other.glob("*.npy"):
+        np.load(path, mmap_mode="r+")[4:] = 0
+    again = make_pool(model, extractor, normals(), config, {}, other)
+    for part, expected in zip([*again.features, again.changed], [*pool.features, pool.changed], strict=True):
+        np.testing.assert_array_equal(part, expected)
 
 
-def test_image_and_what_changed_are_mirrored_together():
-    flat = np.zeros((128, 128), np.float32)
-    drawn = CorruptedNormals([flat] * 2, config_for(fills=("saturate",), corrupted_share=1.0))
-    for number in range(8):
-        image, changed = drawn[number]
-        exposure = image[changed == 0].median()
-        assert (image - exposure).abs()[changed > 0].mean() > 0.2
+@pytest.mark.parametrize("spoil", ["remove", "cut", "junk"])
+def test_a_pool_that_is_not_whole_is_made_anew(pool, model, tmp_path, spoil):
+    folder, config = tmp_path / POOL, config_for()
+    expected = [np.array(part) for part in [*pool.features, pool.changed]]
+    path = sorted(folder.glob("*.npy"))[0]
+    if spoil == "remove":
+        path.unlink()
+    elif spoil == "cut":
+        path.write_bytes(path.read_bytes()[:500])
+    else:
+        (folder / "pool.json").write_text("[1")
+    again = make_pool(model, FeatureExtractor(config.reader, "cpu"), normals(), config, {}, folder)
+    for part, known in zip([*again.features, again.changed], expected, strict=True):
+        np.testing.assert_array_equal(part, known)
 
 
 def test_half_of_the_copies_keep_the_exposure_of_their_normal():
     """A copy whose corners are those of its normal was not exposed anew: no exposure gives a copy away."""
-    config = config_for(corrupted_share=1.0, fewest_corruptions=1, most_corruptions=1)
-    drawn = CorruptedNormals([np.full((128, 128), 0.3, np.float32)] * 2, config)
-    kept = [abs(float(drawn[number][0].median()) - 0.3) < 1e-6 for number in range(60)]
+    images, config = normals(1), config_for(copies=60, fewest_corruptions=1, most_corruptions=1)
+    kept = [np.array_equal(training_image(images, n, config)[0][-1, -4:], images[0][-1, -4:]) for n in range(1, 61)]
     assert 0.25 < np.mean(kept) < 0.75
-
-
-def test_statistics_of_normals_are_those_of_numpy(model):
-    config = config_for(alignment=0.0, smallest_spread=0.0, features=("latent", "image"))
-    config = dataclasses.replace(config, runtime=RuntimeConfig(precision="no"))
-    seen = FeatureExtractor(config.reader)(seen_by(model, 6))
-    for known, values in zip(survey(model, normals(), config), seen, strict=True):
-        values = values.double().numpy()
-        np.testing.assert_allclose(known.places.mean[0], values.mean(0), atol=1e-4)
-        np.testing.assert_allclose(known.places.std[0], values.std(0), rtol=1e-2, atol=5e-3)
-        np.testing.assert_allclose(known.scale.flatten(), values.std((0, 2, 3)), rtol=1e-3)
 
 
 # ---------------------------------------------------------------- training
 
 
-def stops_at(step):
-    """A learning rate in whose way a kill comes."""
-
-    def rate(now, *rest):
-        if now == step:
-            raise KeyboardInterrupt
-        return learning_rate(now, *rest)
-
-    return rate
-
-
-@pytest.mark.parametrize("features", [("latent", "trunk"), pytest.param(("latent", "backbone"), marks=needs_backbone)])
-def test_a_training_that_was_interrupted_ends_with_the_same_reader(model, tmp_path, monkeypatch, features, capsys):
-    config = config_for(features=features, backbone="auto")
-    (tmp_path / "whole").mkdir()
-    whole = train_reader(model, normals(), "p", config, tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("reader_training.learning_rate", stops_at(8))
-        train_reader(model, normals(), "p", config, tmp_path)
-    assert (tmp_path / LAST).is_file()
-    resumed = train_reader(model, normals(), "p", config, tmp_path)
-    assert "goes on from step 5" in capsys.readouterr().out and resumed.sha256 == whole.sha256
-
-
-def test_resume_false_trains_anew_and_another_setting_does_too(model, tmp_path, monkeypatch):
-    config, steps = config_for(features=("latent",)), []
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("reader_training.learning_rate", stops_at(8))
-        train_reader(model, normals(), "p", config, tmp_path)
-    kept = (tmp_path / LAST).read_bytes()
-    monkeypatch.setattr("reader_training.learning_rate", lambda step, *rest: steps.append(step) or 1e-3)
-    anew = dataclasses.replace(config, runtime=RuntimeConfig(resume=False))
-    for other in (anew, config_for(features=("latent",), lr=2e-3)):
-        (tmp_path / LAST).write_bytes(kept)
-        steps.clear()
-        train_reader(model, normals(), "p", other, tmp_path)
-        assert sorted(set(steps)) == list(range(12))
-
-
-def test_a_backbone_that_learns_at_rate_zero_keeps_its_weights(model, tmp_path):
-    config = config_for(features=("latent", "backbone"), backbone="auto", backbone_lr=0.0, steps=3)
-    if with_backbone(config.reader).backbone == "none":
-        pytest.skip("no backbone is installed")
-    reader, fresh = train_reader(model, normals(), "p", config, tmp_path), Backbone()
-    for name, weight in reader.network.backbone.state_dict().items():
-        torch.testing.assert_close(weight, fresh.state_dict()[name], rtol=0, atol=0)
+def test_a_training_that_was_interrupted_ends_with_the_same_weights(pool, tmp_path):
+    config, last = config_for(), tmp_path / LAST
+    known = pool.statistics(config)
+    whole = fit_network(pool, known, config, {}, last, "cpu")
+    assert last.is_file()  # after step 10 of 12
+    resumed = fit_network(pool, known, config, {}, last, "cpu")
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
 def trained(model, tmp_path_factory):
-    folder, config = (
-        tmp_path_factory.mktemp("calibration"),
-        config_for(steps=150, fills=("saturate", "noise"), lr=5e-3, dropout=0.0),
-    )
+    folder, config = tmp_path_factory.mktemp("calibration"), config_for(steps=150, fills=("saturate", "noise"), lr=5e-3)
     return folder, config, train_reader(model, normals(), "pictures", config, folder)
 
 
@@ -283,7 +237,7 @@ def test_a_saved_reader_reads_the_same_and_leaves_no_scratch_behind(trained, mod
     assert again.belongs_to == reader.belongs_to and again.settings == reader.settings
 
 
-@pytest.mark.parametrize("change", [{"steps": 13}, {"levels": (0.2,)}, {"fills": ("level",)}, {"backbone_lr": 0.0}])
+@pytest.mark.parametrize("change", [{"steps": 13}, {"levels": (0.2,)}, {"fills": ("level",)}, {"copies": 2}])
 def test_another_setting_is_another_reader(model, change):
     assert reader_identity(model, config_for(), "p") != reader_identity(model, config_for(**change), "p")
 
@@ -299,7 +253,7 @@ def test_another_augmentation_or_other_pictures_make_another_reader(model):
 
 def test_thresholds_of_one_reader_are_not_taken_for_another(trained, model):
     _, config, reader = trained
-    other = dataclasses.replace(reader, network=ReaderNetwork([(1, 1)], config.reader))
+    other = dataclasses.replace(reader, network=ReaderNetwork([1], 8, 0.0))
     assert shaping(model, config, reader) != shaping(model, config, other)
 
 
@@ -319,6 +273,16 @@ def test_one_normal_is_too_few(model, tmp_path):
         train_reader(model, normals(1), "p", config_for(), tmp_path)
 
 
+def test_resume_false_trains_anew(pool, tmp_path, monkeypatch):
+    config, last = config_for(), tmp_path / LAST
+    fit_network(pool, pool.statistics(config), config, {}, last, "cpu")
+    steps = []
+    monkeypatch.setattr("reader_training.learning_rate", lambda step, *rest: steps.append(step) or 1e-3)
+    anew = dataclasses.replace(config, runtime=RuntimeConfig(resume=False))
+    fit_network(pool, pool.statistics(config), anew, {}, last, "cpu")
+    assert steps == list(range(12))
+
+
 # ---------------------------------------------------------------- calibrated on normals
 
 
@@ -335,6 +299,15 @@ def test_maps_of_the_reader_are_in_standard_deviations_of_validation_normals(tra
     scores = known.scores_of(seen_by(model), shown, config)
     np.testing.assert_allclose(again.scores_of(seen_by(model), shown, config), scores)
     np.testing.assert_allclose(scores, known.score_fusion.score(readings_of(seen_by(model), shown, config)))
+
+
+def test_the_network_has_no_way_to_see_beyond_its_inputs():
+    """The same features at another place give another logit only through the position."""
+    network = ReaderNetwork([3], 8, 0.0).eval()
+    nn.init.zeros_(network.place.weight)
+    flat, places = [torch.ones(1, 6, 16, 16)], positions((16, 16), [(0.0, 0.0, 1.0)], "cpu")
+    inner = network(flat, places)[0, 0, 4:-4, 4:-4]
+    torch.testing.assert_close(inner, inner[:1, :1].expand_as(inner))
 
 
 def test_normals_are_scored_by_the_smoothed_maps_that_new_images_are_scored_by(trained, model):
