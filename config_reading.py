@@ -55,20 +55,16 @@ class ReaderConfig:
     # the reader sees the radiograph at this many times the model's size: small lesions need more pixels than G
     magnification: int = 2
     # what it reads; features.py says what each is. encoder helps where there is no backbone
-    features: tuple[str, ...] = ("image", "residual", "latent", "trunk", "segmenter")
-    # a network with ImageNet weights, which features backbone and segmenter need; auto: where installed
-    backbone: Literal["auto", "efficientnet-lite0", "none"] = "auto"
+    features: tuple[str, ...] = ("image", "residual", "latent", "trunk", "backbone")
+    backbone: Literal["auto", "efficientnet-lite0", "none"] = "auto"  # frozen ImageNet features; auto: where installed
     levels: tuple[float, ...] = (0.1, 0.25, 0.4)  # noise levels at which G is read
     stride: Literal[2, 4, 8] = 4  # pixels of the magnified image per place that gets a verdict
-    width: int = 64  # features of the hidden layers of reader and segmenter
+    width: int = 64  # features of the reader's hidden layers
     normals: int = 1_000  # training normals it learns on at most, spread evenly
-    segmenter_steps: int = 20_000  # optimizer steps of the segmenter, which learns first; small lesions gain by more
     copies: int = 4  # corrupted copies of each normal, beside the plain one
-    steps: int = 20_000  # optimizer steps of the reader
-    crops: int = 4  # per step of either, each a quarter of an image
-    corrupted_share: float = 0.8  # of the segmenter's crops; the rest are of normals as they are
+    steps: int = 20_000  # optimizer steps
+    crops: int = 4  # per step, each a quarter of an image
     lr: float = 1e-3  # AdamW learning rate after warm-up
-    backbone_lr: float = 3e-4  # the same of the segmenter's backbone, which begins with its ImageNet weights
     lr_warmup_steps: int = 50  # linear warm-up, then cosine to a tenth of lr
     weight_decay: float = 0.01  # AdamW weight decay
     dropout: float = 0.1  # share of the inputs left out at random: no single feature is relied on
@@ -97,12 +93,11 @@ class ReaderConfig:
         inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
         require(inside, f"reader.levels needs noise levels in (0, 1), got {self.levels}")
         require(len(self.features) > 0, "reader.features needs at least one; features.py names them")
-        counts = ("width", "normals", "segmenter_steps", "copies", "steps", "crops", "checkpoint_every")
+        counts = ("width", "normals", "copies", "steps", "crops", "checkpoint_every")
         require_ranges("reader", self, counts, 1, 10**7)
-        require_positive("reader", self, ("lr", "backbone_lr", "positive_weight"))
+        require_positive("reader", self, ("lr", "positive_weight"))
         require_ranges("reader", self, ("lr_warmup_steps", "weight_decay", "plain_weight"), 0)
         require_ranges("reader", self, ("dropout",), 0, 0.9)
-        require_ranges("reader", self, ("corrupted_share",), 0, 1)
         require_ranges("reader", self, ("alignment", "smallest_spread", "smallest_verdict_spread"), 0, 1)
         require_ranges("reader", self, ("largest_deviation",), 0.1, 1e4)
         require(0 < self.top_share <= 1, f"reader.top_share must lie in (0, 1], got {self.top_share}")

@@ -6,44 +6,33 @@ config_reading.py. No map is finer than the reader's grid of verdicts, (k H / st
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone import Backbone, backbone_name
 from checks import UsageError
 from config_reading import ReaderConfig
-from crops import WHOLE, positions
 from normalizer import Examined
-from segmenter import COARSEST, Segmenter
+
+Feature = Callable[[Examined, ReaderConfig, "Backbone | None"], list[Tensor]]
 
 
-class Eyes(NamedTuple):
-    """Networks that look at the image itself; None where there is no backbone or nobody asks for it."""
-
-    backbone: Backbone | None = None
-    segmenter: Segmenter | None = None
-
-
-Feature = Callable[[Examined, ReaderConfig, Eyes], list[Tensor]]
-
-
-def image(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
+def image(seen: Examined, settings: ReaderConfig, eye: nn.Module | None) -> list[Tensor]:
     """Mean, highest and lowest grey level of each place."""
     cell = settings.stride
     highest, lowest = F.max_pool2d(seen.detail, cell), -F.max_pool2d(-seen.detail, cell)
     return [torch.cat([F.avg_pool2d(seen.detail, cell), highest, lowest], dim=1)]
 
 
-def residual(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
+def residual(seen: Examined, settings: ReaderConfig, eye: nn.Module | None) -> list[Tensor]:
     """x - dec(enc(x)) and its size: what the autoencoder cannot say."""
     lost = seen.x - seen.reconstruction
     return [torch.cat([lost, lost.abs()], dim=1)]
 
 
-def latent(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
+def latent(seen: Examined, settings: ReaderConfig, eye: nn.Module | None) -> list[Tensor]:
     """z, what G changed of it at each noise level, and how far the two heads disagree there."""
     parts = [seen.z]
     for level in settings.levels:
@@ -53,72 +42,49 @@ def latent(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
     return [torch.cat(parts, dim=1)]
 
 
-def trunk(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
+def trunk(seen: Examined, settings: ReaderConfig, eye: nn.Module | None) -> list[Tensor]:
     """What the two heads of G share, at the lowest noise level."""
     return [seen.estimate(min(settings.levels)).features]
 
 
-def encoder(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
+def encoder(seen: Examined, settings: ReaderConfig, eye: nn.Module | None) -> list[Tensor]:
     """What the autoencoder's encoder felt at strides 1, 2 and 4 of x."""
     return seen.encoder_features
 
 
-def backbone(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
+def backbone(seen: Examined, settings: ReaderConfig, eye: nn.Module | None) -> list[Tensor]:
     """What a network trained on ImageNet feels; nothing where there is none."""
-    return eyes.backbone(seen.detail) if eyes.backbone is not None else []
-
-
-def segmenter(seen: Examined, settings: ReaderConfig, eyes: Eyes) -> list[Tensor]:
-    """What it feels after it learnt to mark corruptions, and its own verdict; nothing where there is no backbone."""
-    if eyes.segmenter is None:
-        return []
-    size = seen.detail.shape[-2] // COARSEST, seen.detail.shape[-1] // COARSEST
-    places = positions(size, [WHOLE] * len(seen.detail), seen.detail.device)
-    return [torch.cat(eyes.segmenter(seen.detail, places), dim=1)]
+    return eye(seen.detail) if eye is not None else []
 
 
 FEATURES: dict[str, Feature] = {
-    feature.__name__: feature for feature in (image, residual, latent, trunk, encoder, backbone, segmenter)
+    feature.__name__: feature for feature in (image, residual, latent, trunk, encoder, backbone)
 }
 
 
 def with_backbone(settings: ReaderConfig) -> ReaderConfig:
     """The settings with reader.backbone resolved: a name, or none."""
-    wanted = {"backbone", "segmenter"} & set(settings.features)
+    wanted = "backbone" in settings.features
     return replace(settings, backbone=backbone_name(settings.backbone) if wanted else "none")
 
 
-def check_features(settings: ReaderConfig) -> None:
-    """UsageError for a feature that nobody knows."""
-    unknown = [name for name in settings.features if name not in FEATURES]
-    if unknown:
-        raise UsageError(f"reader.features: {unknown[0]} is unknown, choose from {', '.join(FEATURES)}")
-
-
-def learns_to_segment(settings: ReaderConfig) -> bool:
-    """Whether a segmenter is to be trained: it is asked for, and there is a backbone to begin with."""
-    return "segmenter" in settings.features and with_backbone(settings).backbone != "none"
-
-
 class FeatureExtractor:
-    """The chosen features of a batch; UsageError for a feature that nobody knows.
+    """The chosen features of a batch; UsageError for a feature that nobody knows."""
 
-    The segmenter is the one that was trained for these settings.
-    """
-
-    def __init__(self, settings: ReaderConfig, device: torch.device | str, segmenter: Segmenter | None = None):
-        check_features(settings)
+    def __init__(self, settings: ReaderConfig, device: torch.device | str):
+        unknown = [name for name in settings.features if name not in FEATURES]
+        if unknown:
+            raise UsageError(f"reader.features: {unknown[0]} is unknown, choose from {', '.join(FEATURES)}")
         self.settings = with_backbone(settings)
-        frozen = "backbone" in settings.features and self.settings.backbone != "none"
-        self.eyes = Eyes(Backbone().to(device) if frozen else None, segmenter)
+        self.eye = Backbone().to(device) if self.settings.backbone != "none" else None
 
     @torch.no_grad()
     def __call__(self, seen: Examined) -> list[Tensor]:
         """Feature maps, each (B, F, h, w) with its own F, h and w; UsageError if the sizes do not nest."""
         names = sorted(self.settings.features, key=lambda name: name != "encoder")  # it gives z, too
-        found = [part for name in names for part in FEATURES[name](seen, self.settings, self.eyes)]
+        found = [part for name in names for part in FEATURES[name](seen, self.settings, self.eye)]
         if not found:
-            raise UsageError("reader.features needs a backbone, and none is installed: name another feature")
+            raise UsageError("reader.features holds the backbone alone, and none is installed: name another feature")
         grid = self.grid(seen)
         maps = [F.adaptive_avg_pool2d(part, grid) if part.shape[-2] > grid[0] else part for part in found]
         coarsest = min(part.shape[-2] for part in maps), min(part.shape[-1] for part in maps)

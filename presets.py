@@ -47,7 +47,6 @@ TABLE = (
     ("inference.figures",             SAME,                    24),
     ("calibration.blurs",             SAME,                    (0.008, 0.016, 0.032)),
     ("calibration.alignment",         SAME,                    0.024),
-    ("reader.segmenter_steps",        1_200,                   800),
     ("reader.copies",                 2,                       2),
     ("reader.steps",                  3_000,                   2_000),
     ("runtime.device",                "cpu",                   "cpu"),

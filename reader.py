@@ -11,19 +11,20 @@ DRAEM (Zavrtanik et al. 2021); what it reads is a generative normalizer.
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from backbone import backbone_name
 from config import rebuild_phase
 from config_reading import ReaderConfig
-from crops import WHOLE, Crop, cropped, positions
 from features import FeatureExtractor
 from files import load_checkpoint, save_checkpoint, weights_sha256
 from normalizer import Examined
-from segmenter import Segmenter
 from standardization import PixelStatistics
+
+Crop = tuple[float, float, float]  # top and left as shares of the image, and the share of each side that is kept
+WHOLE: Crop = (0.0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class FeatureStatistics:
         """The same on another device."""
         places = PixelStatistics(self.places.mean.to(device), self.places.std.to(device))
         return FeatureStatistics(self.centre.to(device), self.scale.to(device), places)
+
+
+def cropped(maps: Tensor | np.ndarray, crop: Crop) -> Tensor | np.ndarray:
+    """The part of (..., h, w) that a crop keeps, not copied; its borders fall between places."""
+    (top, left, share), (height, width) = crop, maps.shape[-2:]
+    first, across = round(top * height), round(left * width)
+    return maps[..., first : first + round(share * height), across : across + round(share * width)]
 
 
 class ReaderNetwork(nn.Module):
@@ -83,6 +91,14 @@ class ReaderNetwork(nn.Module):
         return self.body(hidden)
 
 
+def positions(size: tuple[int, int], crops: list[Crop], device: torch.device | str) -> Tensor:
+    """Where each place lies, row and column in [-1, 1]: (B, 2, h, w) for crops of a grid of this size."""
+    rows = torch.linspace(-1, 1, size[0], device=device).reshape(1, 1, -1, 1).expand(1, 1, *size)
+    columns = torch.linspace(-1, 1, size[1], device=device).reshape(1, 1, 1, -1).expand(1, 1, *size)
+    both = torch.cat([rows, columns], dim=1)
+    return torch.cat([cropped(both, crop) for crop in crops])
+
+
 @dataclass(frozen=True)
 class Reader:
     """The trained network with everything it needs."""
@@ -111,13 +127,7 @@ class Reader:
         named = {
             f"{number}.{name}": part for number, parts in enumerate(self._arrays()) for name, part in parts.items()
         }
-        eye = {f"segmenter.{name}": part for name, part in (self._segmenter() or {}).items()}
-        return weights_sha256({**self.network.state_dict(), **named, **eye})
-
-    def _segmenter(self) -> dict[str, Tensor] | None:
-        """Its weights, on the CPU; None where there is none."""
-        eye = self.extractor.eyes.segmenter
-        return {name: weight.cpu() for name, weight in eye.state_dict().items()} if eye is not None else None
+        return weights_sha256({**self.network.state_dict(), **named})
 
     def _arrays(self) -> list[dict[str, Tensor]]:
         """The statistics of each feature map, by name, on the CPU."""
@@ -130,7 +140,7 @@ class Reader:
     def save(self, path: Path) -> None:
         """One file, which `load` reads without unpickling anything."""
         weights = {name: weight.cpu() for name, weight in self.network.state_dict().items()}
-        learnt = {"statistics": self._arrays(), "weights": weights, "segmenter": self._segmenter()}
+        learnt = {"statistics": self._arrays(), "weights": weights}
         save_checkpoint(path, "reader", {"belongs_to": self.belongs_to, "settings": asdict(self.settings), **learnt})
 
     @classmethod
@@ -149,13 +159,7 @@ class Reader:
         network = ReaderNetwork([part.centre.shape[1] for part in statistics], settings.width, settings.dropout)
         network.load_state_dict(content["weights"])
         network.to(device).requires_grad_(False).eval()
-        segmenter = None
-        if content.get("segmenter") is not None:
-            backbone_name(settings.backbone)  # refuses where it is not installed
-            segmenter = Segmenter(settings.width)
-            segmenter.load_state_dict(content["segmenter"])
-            segmenter.to(device).requires_grad_(False).eval()
-        return cls(network, statistics, FeatureExtractor(settings, device, segmenter), content["belongs_to"])
+        return cls(network, statistics, FeatureExtractor(settings, device), content["belongs_to"])
 
 
 def stored_reader(path: Path) -> dict:

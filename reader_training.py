@@ -1,7 +1,7 @@
 """How the reader learns: on corrupted training normals, whose features are kept on disk while it trains.
 
-First the segmenter learns, then a pool of features is made, of every normal and of corrupted copies, then the reader's
-network is trained on crops of it. All three go on where they were killed; the pool is removed when the reader is saved.
+First a pool of features is made, of every normal and of corrupted copies, then the network is trained on crops of it.
+Both go on where they were killed; the pool is removed when the reader is saved.
 """
 
 import json
@@ -20,23 +20,21 @@ from tqdm import tqdm
 
 from checks import UsageError
 from config import Config
-from corrupted_normals import save_sheet, training_image
-from corruption import check_fills
-from crops import Crop, cropped, positions, quarter
-from features import FeatureExtractor, check_features, learns_to_segment, with_backbone
-from files import load_checkpoint, save_checkpoint, weights_sha256, write_json
+from corruption import check_fills, corrupt
+from dataset import exposed_anew
+from features import FeatureExtractor, with_backbone
+from files import load_checkpoint, save_checkpoint, write_json
 from normalizer import Normalizer
-from reader import FeatureStatistics, Reader, ReaderNetwork
-from runtime import learning_rate, set_learning_rate, stream_seed
-from segmenter_training import autocast, precision_of_training, train_segmenter
+from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderNetwork, cropped, positions
+from reporting.figures import save_grid
+from runtime import learning_rate, set_learning_rate, stream_seed, training_precision
 from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
 READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight")
-RECIPE = 3  # raise it when code changes what a reader learns from
+RECIPE = 2  # raise it when code changes what a reader learns from
 # in the calibration's folder
 READER, LAST, POOL, SHEET = "reader.pt", "reader_last.pt", "reader_pool", "corruptions.png"
-SEGMENTER_LAST = "segmenter_last.pt"
 
 
 def reader_identity(model: Normalizer, config: Config, pictures: str) -> dict:
@@ -62,19 +60,14 @@ def train_reader(
             "the reader needs two training normals or more: give data.root some, or use --inference.method plain"
         )
     began, identity = time.monotonic(), reader_identity(model, config, pictures)
-    check_features(config.reader)
-    settings = with_backbone(config.reader)
+    extractor = FeatureExtractor(config.reader, model.device)
+    settings = extractor.settings
     print(
         f"training the reader on {len(images)} normals, {settings.copies} corrupted copies of each, {settings.steps} "
         f"steps, backbone {settings.backbone}: made once for these checkpoints, kept in {folder}"
     )
     save_sheet(images, config, folder / SHEET)
     run = identity | {"precision": precision_of_training(config, model.device)}
-    segmenter = None
-    if learns_to_segment(settings):
-        segmenter = train_segmenter(images, config, run, folder / SEGMENTER_LAST, model.device)
-        run |= {"segmenter_sha256": weights_sha256(segmenter.state_dict())}
-    extractor = FeatureExtractor(settings, model.device, segmenter)
     pool = make_pool(model, extractor, images, config, run, folder / POOL)
     statistics = pool.statistics(config)
     network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
@@ -86,16 +79,37 @@ def train_reader(
     return reader
 
 
+def save_sheet(images: Sequence[np.ndarray], config: Config, path: Path, count: int = 6) -> None:
+    """A picture of what the reader learns on: the first corrupted copies, and what changed in them."""
+    numbers = range(len(images), len(images) + min(count, len(images)))
+    copies = [training_image(images, number, config) for number in numbers]
+    rows = [
+        ("normal", [images[number % len(images)] for number in numbers]),
+        ("corrupted", [copy for copy, _ in copies]),
+        ("changed", [2.0 * changed - 1 for _, changed in copies]),
+    ]
+    save_grid(path, [(label, np.stack(row)) for label, row in rows], columns=3)
+
+
 def remove_scratch(folder: Path) -> None:
     """What a training needs to go on, and nobody else."""
     (folder / LAST).unlink(missing_ok=True)
-    (folder / SEGMENTER_LAST).unlink(missing_ok=True)
     _remove_pool(folder / POOL)
 
 
 def _remove_pool(folder: Path) -> None:
     (folder / "pool.json").unlink(missing_ok=True)  # first: nobody takes what is half removed for a pool
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def precision_of_training(config: Config, device: torch.device) -> str:
+    """What features and network are computed in while the reader learns: bf16 or no; it is read in float32."""
+    return training_precision(config.runtime, device.type == "cpu")
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """The same as a context."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of_training(config, device) == "bf16")
 
 
 # ---------------------------------------------------------------- the pool
@@ -202,6 +216,18 @@ def _room(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     return array
 
 
+def training_image(images: Sequence[np.ndarray], number: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Row `number` of the pool: a normal as it is, or a corrupted copy, and what changed in it, bool (k H, k W)."""
+    normal = images[number % len(images)]
+    if number < len(images):
+        return normal, np.zeros(normal.shape, bool)
+    random = np.random.default_rng(stream_seed(config.runtime.seed, "reader", number))
+    donor = images[random.integers(len(images))]
+    if random.random() < 0.5:  # always, and the exposure alone would give a copy away
+        normal = exposed_anew(normal, config.data, random).astype(np.float32)
+    return corrupt(normal, donor, random, config.reader)
+
+
 # ---------------------------------------------------------------- training
 
 
@@ -237,7 +263,7 @@ def fit_network(
             random = np.random.default_rng(stream_seed(seed, "reader crops", step))
             torch.manual_seed(stream_seed(seed, "reader dropout", step))
             rows = random.integers(len(pool.changed), size=settings.crops).tolist()
-            crops = [quarter(coarsest, random) for _ in rows]
+            crops = [_quarter(coarsest, random) for _ in rows]
             maps, changed = pool.batch(rows, crops)
             inputs = [
                 part.standardize(values.to(device), settings.largest_deviation, crops)
@@ -259,3 +285,11 @@ def fit_network(
                 state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}
                 save_checkpoint(last, "reader training", {"identity": identity, "step": step + 1, **state})
     return network
+
+
+def _quarter(coarsest: tuple[int, int], random: np.random.Generator) -> Crop:
+    """Half the height and half the width of an image, its borders between the places of the coarsest map."""
+    if min(coarsest) < 2 or coarsest[0] % 2 or coarsest[1] % 2:
+        return WHOLE
+    tops, lefts = (random.integers(size // 2 + 1) / size for size in coarsest)
+    return (float(tops), float(lefts), 0.5)

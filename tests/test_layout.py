@@ -12,15 +12,13 @@ PATHS |= {f"{folder}.{path.stem}": path for folder in sorted(FOLDERS) for path i
 FILES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference"}
 PARTS = {"anomaly", "calibration", "dataset", "flowdiff_loss", "flowdiff_model", "fusion", "latent_dataset"}
-PARTS |= {"corrupted_normals", "examination", "features", "model", "normalizer", "reader", "reader_training"}
-PARTS |= {"segmenter", "segmenter_training", "standardization"}
+PARTS |= {"examination", "features", "model", "normalizer", "reader", "reader_training", "standardization"}
 LEAVES = {
     "backbone",
     "checks",
     "command_line",
     "config_reading",
     "corruption",
-    "crops",
     "files",
     "flowdiff_process",
     "image_ops",

@@ -13,13 +13,11 @@ from torch import nn
 from backbone import Backbone, backbone_name
 from calibration import Calibration, calibrate, readings_of, shaping
 from checks import UsageError
-from config import Config, DataConfig, InferenceConfig, RuntimeConfig
+from config import Config, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
-from corrupted_normals import training_image
-from crops import cropped, positions
-from features import FEATURES, Eyes, FeatureExtractor
+from features import FEATURES, FeatureExtractor
 from image_ops import gaussian_blur
-from reader import FeatureStatistics, Reader, ReaderNetwork
+from reader import FeatureStatistics, Reader, ReaderNetwork, cropped, positions
 from reader_training import (
     LAST,
     POOL,
@@ -29,6 +27,7 @@ from reader_training import (
     make_pool,
     reader_identity,
     train_reader,
+    training_image,
 )
 from standardization import PixelStatistics
 
@@ -39,7 +38,7 @@ OWN = ALL[:-1]
 def config_for(**changes):
     given = {"features": OWN, "backbone": "none", "steps": 12, "copies": 1, "width": 8, "checkpoint_every": 5}
     inference = InferenceConfig(method="reader", solver="one_step", batch_size=4)
-    return Config(data=DataConfig(num_workers=0), inference=inference, reader=ReaderConfig(**given | changes))
+    return Config(inference=inference, reader=ReaderConfig(**given | changes))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_each_feature_lies_on_the_grid_or_is_coarser_by_a_whole_factor(name, mod
 
 def test_latent_features_are_z_and_what_g_changed(model):
     seen, settings = seen_by(model), config_for(levels=(0.1, 0.3)).reader
-    (found,) = FEATURES["latent"](seen, settings, Eyes())
+    (found,) = FEATURES["latent"](seen, settings, None)
     assert found.shape[1] == 4 + 2 * (4 + 1)
     torch.testing.assert_close(found[:, :4] - found[:, 4:8], seen.estimate(0.1).z)
 
