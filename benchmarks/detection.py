@@ -4,6 +4,7 @@
     --rows A,B            which to run; without it, none: only the table is printed
     --seeds 0,1           one run each
     --size 256            pixels of G's side, and of the peers' images
+    --networks FOLDER     --outputs of phases 1 to 3 that are trained already; without it, they are run
     --outputs FOLDER      where networks and maps go; what is there already is taken up, so that a killed run goes on
     --results FOLDER      where each finished part is kept as JSON, and the table of all parts as table.md
     FLAGS                 anything else goes to the four phases, such as --preset cpu --vae.pretrained MODELS/taesd
@@ -101,6 +102,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
     parser.add_argument("--seeds", type=lambda text: [int(name) for name in text.split(",")], default=[0])
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--networks", type=Path)
     parser.add_argument("--outputs", type=Path, default=Path("outputs/detection"))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/detection")
     options, flags = parser.parse_known_args()
@@ -132,7 +134,7 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     whole = ["--data.root", str(options.data), "--runtime.seed", str(seed), *size_flags(options.size), *flags]
     folder = options.outputs / f"size{options.size}-seed{seed}"
     if row in OURS:
-        verdicts, settings = run_ours(row, whole, folder)
+        verdicts, settings = run_ours(row, whole, folder, options.networks)
     else:
         verdicts, settings = run_peer(row, seed, whole, folder)
     judged = judge(verdicts)
@@ -156,10 +158,10 @@ def run_peer(row: str, seed: int, flags: list[str], folder: Path) -> tuple[Verdi
     return examine(peer, splits_of(config.data), config.data), {"peer": row}
 
 
-def run_ours(row: str, flags: list[str], folder: Path) -> tuple[Verdicts, dict]:
+def run_ours(row: str, flags: list[str], folder: Path, networks: Path | None) -> tuple[Verdicts, dict]:
     """The four phases as a user runs them; phases 1 to 3 go on where they were, or are done."""
-    flags = [*flags, "--outputs", str(folder)]
-    for phase in PHASES:
+    flags = [*flags, "--outputs", str(networks or folder)]
+    for phase in () if networks else PHASES:
         call(phase, flags)
     here = folder / file_name(row)
     mine = ["--inference.output", str(here), "--inference.calibration", str(here / "calibration"), *OURS[row]]

@@ -1,0 +1,127 @@
+"""The comparison with other methods: who is judged on what, the peers, and the table."""
+
+import importlib
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from pipeline import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import detection
+import protocol
+
+from backbone import backbone_name
+from checks import UsageError
+from config import DataConfig
+from metrics import auroc
+from phantoms.phantom import main as draw_phantoms
+
+needs_backbone = pytest.mark.skipif(backbone_name("auto") == "none", reason="no backbone is installed")
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("phantoms")
+    draw_phantoms(folder, train=6, val=3, test_normal=3, test_per_lesion=1, height=64, width=128, workers=1)
+    return DataConfig(root=str(folder), height=32, width=64, num_workers=0)
+
+
+class Brightness:
+    """A method whose map is the radiograph itself."""
+
+    def fit(self, normals):
+        self.fitted_to = normals
+
+    def score(self, images):
+        return images, images.max(axis=(1, 2))
+
+
+def test_a_peer_is_fitted_to_training_normals_alone_and_judged_at_the_size_of_the_files(phantoms):
+    splits, peer = protocol.splits_of(phantoms), Brightness()
+    verdicts = protocol.examine(peer, splits, phantoms)
+    assert peer.fitted_to.shape == (6, 32, 64)
+    assert {one.shape for one in verdicts.maps} == {(64, 128)} and len(verdicts.maps) == len(splits["test"]) == 9
+    normals = protocol.images_of(splits["val"], phantoms)
+    assert np.mean(normals > verdicts.pixel_threshold) <= protocol.PIXEL_FPR
+    judged = protocol.judge(verdicts)
+    assert judged["overall"]["auroc"] == auroc(verdicts.scores, [record.label for record in verdicts.records])
+    assert set(judged["kinds"]) == {record.kind for record in splits["test"] if record.label}
+
+
+def test_unlabelled_images_are_not_judged_and_one_class_is_refused(phantoms, tmp_path):
+    rows = (Path(phantoms.root) / "manifest.csv").read_text().splitlines()
+    normals = [row for row in rows if ",test,1," not in row]
+    assert len(normals) < len(rows)
+    (tmp_path / "manifest.csv").write_text("\n".join(normals) + "\n")
+    shutil.copytree(Path(phantoms.root) / "images", tmp_path / "images")
+    with pytest.raises(UsageError, match="no test split of images labelled 0 and 1"):
+        protocol.splits_of(replace(phantoms, root=str(tmp_path)))
+
+
+@needs_backbone
+@pytest.mark.parametrize("name", sorted(detection.PEERS))
+def test_each_peer_sees_a_square_that_no_normal_has(name):
+    random = np.random.default_rng(0)
+    normals = 0.1 * random.standard_normal((12, 64, 128)).astype(np.float32)
+    strange = normals[:2].copy()
+    strange[:, 24:40, 40:60] = 1.0
+    peer = getattr(importlib.import_module(f"peers.{name}"), detection.PEERS[name])(0, ROOT)
+    peer.fit(normals[2:])
+    (quiet, low), (loud, high) = peer.score(normals[:2]), peer.score(strange)
+    assert quiet.shape == loud.shape == (2, 64, 128) and high.min() > low.max()
+    assert np.median(loud[:, 26:38, 44:56]) > np.quantile(loud[:, :, 90:], 0.99)
+
+
+@needs_backbone
+def test_the_nearest_neighbour_of_a_training_normal_is_itself():
+    normals = np.random.default_rng(0).uniform(-1, 1, (4, 64, 64)).astype(np.float32)
+    from peers.nearest import Nearest
+
+    peer = Nearest(0, ROOT)
+    peer.fit(normals)
+    own, other = peer.score(normals[:1])[0], peer.score(-normals[:1])[0]
+    assert own.max() < 0.1 * other.min()
+
+
+# ---------------------------------------------------------------- parts and their table
+
+
+def part(row, seed, auroc, size=256):
+    entry = {"auroc": auroc, "pixel_ap": None, "aupro": None}
+    return {"row": row, "seed": seed, "size": size, "kinds": {"cyst": entry}, "mean_over_kinds": entry}
+
+
+def test_the_table_has_a_line_per_row_and_size_and_the_spread_over_seeds(tmp_path):
+    for number, one in enumerate([part("plain", 0, 0.5), part("reader", 0, 0.8), part("reader", 1, 0.9)]):
+        (tmp_path / f"{number}.json").write_text(json.dumps(one))
+    lines = detection.table_of(tmp_path).splitlines()
+    assert lines[-2].startswith("| reader | 256 | 0, 1 | 0.85 ± 0.07 |")
+    assert lines[-1].startswith("| plain | 256 | 0 | 0.50 |")
+
+
+def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
+    options = SimpleNamespace(results=tmp_path, size=256)
+    (tmp_path / "plain-256-seed3.json").write_text("{}")
+    monkeypatch.setattr(detection, "run_ours", lambda *_: pytest.fail("run again"))
+    detection.run_part("plain", 3, options, [])
+    assert "there already" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("row", detection.OURS)
+def test_the_flags_of_every_row_are_understood(row):
+    from command_line import parse_command
+
+    config = parse_command("", ["--preset", "cpu", *detection.OURS[row]]).config
+    assert row == "reader" or config != parse_command("", ["--preset", "cpu"]).config
+
+
+def test_an_unknown_row_is_refused_with_the_known_ones(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["detection.py", "--rows", "magic"])
+    with pytest.raises(UsageError, match="magic is unknown, choose from reader, plain"):
+        detection.arguments()
