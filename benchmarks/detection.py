@@ -37,7 +37,7 @@ from checks import UsageError
 from command_line import parse_command
 from config import Config
 from config_reading import ReaderConfig
-from files import write_atomically, write_json
+from files import sha256, write_atomically, write_json
 from radiographs.manifest import list_records, split_records
 from runtime import run_script
 
@@ -126,8 +126,10 @@ def file_name(row: str) -> str:
 
 def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str]) -> None:
     """One method under one seed: run, judged, and kept; taken as it is where it was kept before."""
-    path = part_file(row, seed, options)
+    path, asked = part_file(row, seed, options), asked_for(options.data, flags)
     if path.is_file():
+        if json.loads(path.read_text())["asked"] != asked:
+            raise UsageError(f"{path.name} is of other radiographs or flags: remove it, or choose another --results")
         print(f"{row}, seed {seed}: there already ({path.name}; remove it to run it again)")
         return
     began = time.monotonic()
@@ -138,11 +140,20 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     else:
         verdicts, settings = run_peer(row, seed, whole, folder)
     judged = judge(verdicts)
-    part = {"row": row, "seed": seed, "size": options.size, "settings": settings, "commit": commit()}
+    part = {"row": row, "seed": seed, "size": options.size, "asked": asked, "settings": settings, "commit": commit()}
     part |= {"minutes": round((time.monotonic() - began) / 60, 1), "hardware": hardware()}
     write_json(path, part | judged)
     mean = judged["mean_over_kinds"]
     print(f"{row}, seed {seed}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
+
+
+def asked_for(data: Path, flags: list[str]) -> dict:
+    """What makes two parts comparable: the radiographs, by their manifest, and the flags, paths by their last name."""
+    manifest = data if data.is_file() else data / "manifest.csv"
+    if not manifest.is_file():
+        raise UsageError(f"{data.name} has no manifest.csv: a comparison needs splits and labels")
+    named = [Path(word).name if "/" in word else word for word in flags]
+    return {"manifest_sha256": sha256(manifest), "flags": named}
 
 
 def size_flags(size: int) -> list[str]:

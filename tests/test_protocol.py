@@ -106,11 +106,18 @@ def test_the_table_has_a_line_per_row_and_size_and_the_spread_over_seeds(tmp_pat
 
 
 def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
-    options = SimpleNamespace(results=tmp_path, size=256)
-    (tmp_path / "plain-256-seed3.json").write_text("{}")
+    options, kept = SimpleNamespace(results=tmp_path, size=256, data=tmp_path), tmp_path / "plain-256-seed3.json"
+    (tmp_path / "manifest.csv").write_text("image\n")
+    kept.write_text(json.dumps({"asked": detection.asked_for(tmp_path, ["--vae.pretrained", "/somewhere/taesd"])}))
     monkeypatch.setattr(detection, "run_ours", lambda *_: pytest.fail("run again"))
-    detection.run_part("plain", 3, options, [])
-    assert "there already" in capsys.readouterr().out
+    detection.run_part("plain", 3, options, ["--vae.pretrained", "/elsewhere/taesd"])
+    assert "there already" in capsys.readouterr().out and "somewhere" not in kept.read_text()
+    for change in ("flags", "data"):
+        if change == "data":
+            (tmp_path / "manifest.csv").write_text("image,label\n")
+        flags = ["--vae.lr", "1e-4"] if change == "flags" else ["--vae.pretrained", "/somewhere/taesd"]
+        with pytest.raises(UsageError, match="is of other radiographs or flags"):
+            detection.run_part("plain", 3, options, flags)
 
 
 @pytest.mark.parametrize("row", detection.OURS)
