@@ -20,7 +20,6 @@ import importlib
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -32,6 +31,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from protocol import Verdicts, examine, judge, splits_of
+from seeds import spread
 
 from checks import UsageError
 from command_line import parse_command
@@ -95,9 +95,9 @@ def main() -> None:
 
 def arguments() -> tuple[argparse.Namespace, list[str]]:
     """What was asked for, and the flags of the four phases."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    names = "rows:\n  " + "\n  ".join((*OURS, *PEERS))
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=names, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
     parser.add_argument("--seeds", type=lambda text: [int(name) for name in text.split(",")], default=[0])
@@ -126,10 +126,12 @@ def file_name(row: str) -> str:
 
 def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str]) -> None:
     """One method under one seed: run, judged, and kept; taken as it is where it was kept before."""
-    path, asked = part_file(row, seed, options), asked_for(options.data, flags)
+    path, asked = part_file(row, seed, options), asked_for(row, options, flags)
     if path.is_file():
         if json.loads(path.read_text())["asked"] != asked:
-            raise UsageError(f"{path.name} is of other radiographs or flags: remove it, or choose another --results")
+            raise UsageError(
+                f"{path.name} is of other radiographs, networks or flags: remove it, or choose another --results"
+            )
         print(f"{row}, seed {seed}: there already ({path.name}; remove it to run it again)")
         return
     began = time.monotonic()
@@ -138,7 +140,7 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     if row in OURS:
         verdicts, settings = run_ours(row, whole, folder, options.networks)
     else:
-        verdicts, settings = run_peer(row, seed, whole, folder)
+        verdicts, settings = run_peer(row, seed, whole)
     judged = judge(verdicts)
     part = {"row": row, "seed": seed, "size": options.size, "asked": asked, "settings": settings, "commit": commit()}
     part |= {"minutes": round((time.monotonic() - began) / 60, 1), "hardware": hardware()}
@@ -147,13 +149,19 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     print(f"{row}, seed {seed}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
 
 
-def asked_for(data: Path, flags: list[str]) -> dict:
-    """What makes two parts comparable: the radiographs, by their manifest, and the flags, paths by their last name."""
-    manifest = data if data.is_file() else data / "manifest.csv"
+def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
+    """What makes two parts comparable: radiographs by their manifest, flags with paths by their last name, networks."""
+    manifest = options.data if options.data.is_file() else options.data / "manifest.csv"
     if not manifest.is_file():
-        raise UsageError(f"{data.name} has no manifest.csv: a comparison needs splits and labels")
+        raise UsageError(f"{options.data.name} has no manifest.csv: a comparison needs splits and labels")
     named = [Path(word).name if "/" in word else word for word in flags]
-    return {"manifest_sha256": sha256(manifest), "flags": named}
+    asked = {"manifest_sha256": sha256(manifest), "flags": named}
+    if row in OURS and options.networks:
+        trained = options.networks / "phase3_flowdiff/checkpoint_best.pt"
+        if not trained.is_file():
+            raise UsageError(f"--networks: {trained} is missing; it is the --outputs of phases 1 to 3")
+        asked["flow_sha256"] = sha256(trained)
+    return asked
 
 
 def size_flags(size: int) -> list[str]:
@@ -161,11 +169,10 @@ def size_flags(size: int) -> list[str]:
     return ["--data.height", str(size), "--data.width", str(size)]
 
 
-def run_peer(row: str, seed: int, flags: list[str], folder: Path) -> tuple[Verdicts, dict]:
+def run_peer(row: str, seed: int, flags: list[str]) -> tuple[Verdicts, dict]:
     """A method from elsewhere."""
     config = parse_command(__doc__, flags).config
-    peer = getattr(importlib.import_module(f"peers.{row}"), PEERS[row])(seed, folder / row)
-    torch.manual_seed(seed)
+    peer = getattr(importlib.import_module(f"peers.{row}"), PEERS[row])(seed)
     return examine(peer, splits_of(config.data), config.data), {"peer": row}
 
 
@@ -183,7 +190,7 @@ def run_ours(row: str, flags: list[str], folder: Path, networks: Path | None) ->
 
 def call(script: str, flags: list[str]) -> None:
     """A phase in a process of its own; UsageError if it fails."""
-    if subprocess.run([sys.executable, str(ROOT / script), *flags], cwd=ROOT).returncode:
+    if subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode:
         raise UsageError(f"{script} failed, see above: run the same command again when it is mended")
 
 
@@ -240,24 +247,16 @@ def table_of(folder: Path) -> str:
     for (row, size), group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         cells = [cell([part["kinds"][kind] for part in group]) for kind in kinds]
         means = [part["mean_over_kinds"] for part in group]
+        aupro = spread([mean["aupro"] for mean in means], 2)
         seeds = ", ".join(str(part["seed"]) for part in group)
-        lines.append("| " + " | ".join([row, str(size), seeds, *cells, cell(means), spread(means, "aupro")]) + " |")
+        lines.append("| " + " | ".join([row, str(size), seeds, *cells, cell(means), aupro]) + " |")
     return "\n".join(lines)
 
 
 def cell(entries: list[dict]) -> str:
     """Image AUROC and pixel AP."""
-    both = [spread(entries, name) for name in ("auroc", "pixel_ap")]
+    both = [spread([entry[name] for entry in entries], 2) for name in ("auroc", "pixel_ap")]
     return both[0] if both[1] == "-" else " / ".join(both)
-
-
-def spread(entries: list[dict], name: str) -> str:
-    """The mean of a metric, with its standard deviation where there are several seeds."""
-    values = [entry[name] for entry in entries if entry[name] is not None]
-    if not values:
-        return "-"
-    apart = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{apart}"
 
 
 if __name__ == "__main__":

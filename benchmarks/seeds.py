@@ -34,12 +34,13 @@ def main() -> None:
         print(f"| {kind} | " + " | ".join(spread([entry[column] for entry in entries]) for column in COLUMNS) + " |")
 
 
-def spread(values: list[float | None]) -> str:
+def spread(values: list[float | None], digits: int = 3) -> str:
     """'0.912 +- 0.010', without the spread for one run, '-' where the metric is undefined."""
     defined = [value for value in values if value is not None]
     if not defined:
         return "-"
-    return f"{statistics.mean(defined):.3f}" + (f" ± {statistics.stdev(defined):.3f}" if len(defined) > 1 else "")
+    apart = f" ± {statistics.stdev(defined):.{digits}f}" if len(defined) > 1 else ""
+    return f"{statistics.mean(defined):.{digits}f}{apart}"
 
 
 if __name__ == "__main__":

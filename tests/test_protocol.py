@@ -71,7 +71,7 @@ def test_each_peer_sees_a_square_that_no_normal_has(name):
     normals = 0.1 * random.standard_normal((12, 64, 128)).astype(np.float32)
     strange = normals[:2].copy()
     strange[:, 24:40, 40:60] = 1.0
-    peer = getattr(importlib.import_module(f"peers.{name}"), detection.PEERS[name])(0, ROOT)
+    peer = getattr(importlib.import_module(f"peers.{name}"), detection.PEERS[name])(0)
     peer.fit(normals[2:])
     (quiet, low), (loud, high) = peer.score(normals[:2]), peer.score(strange)
     assert quiet.shape == loud.shape == (2, 64, 128) and high.min() > low.max()
@@ -83,7 +83,7 @@ def test_the_nearest_neighbour_of_a_training_normal_is_itself_unless_it_is_left_
     normals = np.random.default_rng(0).uniform(-1, 1, (4, 64, 64)).astype(np.float32)
     from peers.nearest import Nearest
 
-    peer = Nearest(0, ROOT)
+    peer = Nearest(0)
     peer.fit(normals)
     first = peer.memory[1:2].float()
     assert peer._distances(first).max() < 0.1 * peer._distances(first, range(1, 2)).min()
@@ -107,16 +107,24 @@ def test_the_table_has_a_line_per_row_and_size_and_the_spread_over_seeds(tmp_pat
 
 def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
     options, kept = SimpleNamespace(results=tmp_path, size=256, data=tmp_path), tmp_path / "plain-256-seed3.json"
+    options.networks = tmp_path / "networks"
+    trained = options.networks / "phase3_flowdiff" / "checkpoint_best.pt"
+    trained.parent.mkdir(parents=True)
+    trained.write_bytes(b"networks")
     (tmp_path / "manifest.csv").write_text("image\n")
-    kept.write_text(json.dumps({"asked": detection.asked_for(tmp_path, ["--vae.pretrained", "/somewhere/taesd"])}))
+    kept.write_text(
+        json.dumps({"asked": detection.asked_for("plain", options, ["--vae.pretrained", "/somewhere/taesd"])})
+    )
     monkeypatch.setattr(detection, "run_ours", lambda *_: pytest.fail("run again"))
     detection.run_part("plain", 3, options, ["--vae.pretrained", "/elsewhere/taesd"])
     assert "there already" in capsys.readouterr().out and "somewhere" not in kept.read_text()
-    for change in ("flags", "data"):
+    for change in ("flags", "networks", "data"):
+        if change == "networks":
+            trained.write_bytes(b"other networks")
         if change == "data":
             (tmp_path / "manifest.csv").write_text("image,label\n")
         flags = ["--vae.lr", "1e-4"] if change == "flags" else ["--vae.pretrained", "/somewhere/taesd"]
-        with pytest.raises(UsageError, match="is of other radiographs or flags"):
+        with pytest.raises(UsageError, match="is of other radiographs, networks or flags"):
             detection.run_part("plain", 3, options, flags)
 
 

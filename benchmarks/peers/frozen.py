@@ -1,4 +1,6 @@
-"""Frozen EfficientNet-Lite0 features of patches, as the three peers below take them."""
+"""Frozen EfficientNet-Lite0 features of patches, as the peers beside this file take them."""
+
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,9 +29,10 @@ class PatchFeatures:
         larger = [F.interpolate(part, size=size, mode="bilinear", align_corners=False) for part in chosen[1:]]
         return torch.cat([chosen[0], *larger], dim=1)
 
-    def of_all(self, images: np.ndarray, batch: int = 8) -> Tensor:
-        """The same of many, in half precision."""
-        return torch.cat([self(images[first : first + batch]).half() for first in range(0, len(images), batch)])
+
+def in_batches(function: Callable[[np.ndarray], Tensor], images: np.ndarray, size: int = 8) -> Tensor:
+    """What a function of a batch says of many images."""
+    return torch.cat([function(images[first : first + size]) for first in range(0, len(images), size)])
 
 
 def finished_map(distances: Tensor, size: tuple[int, int]) -> np.ndarray:

@@ -5,15 +5,13 @@ align roughly, and the distance is in standard deviations of what other normals 
 strides 4, 8 and 16, each channel in units of its spread, on a grid of stride 8.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly import blur_share, image_score
-from peers.frozen import SIGMA, PatchFeatures, finished_map
+from peers.frozen import SIGMA, PatchFeatures, finished_map, in_batches
 
 REACH = 2  # places of the grid, to every side
 TOP_SHARE = 0.001  # of the map, whose mean is the score
@@ -22,18 +20,16 @@ TOP_SHARE = 0.001  # of the map, whose mean is the score
 class Nearest:
     """Every place against a window of all training normals."""
 
-    def __init__(self, seed: int, folder: Path):
+    def __init__(self, seed: int):
         self.features = PatchFeatures((4, 8, 16), pooled=True)
 
     def fit(self, normals: np.ndarray) -> None:
         """Keep the patches of all normals, standardized."""
-        parts = [self._patches(normals[first : first + 8]) for first in range(0, len(normals), 8)]
-        values = torch.cat(parts)
+        values = in_batches(self._patches, normals)
         self.mean = values.mean((0, 2, 3), keepdim=True)
         self.std = values.std((0, 2, 3), keepdim=True)
         self.memory = ((values - self.mean) / self.std).half()  # (N, F, h, w)
-        batches = [range(first, min(first + 8, len(normals))) for first in range(0, len(normals), 8)]
-        usual = torch.cat([self._distances(self.memory[rows].float(), rows) for rows in batches])
+        usual = in_batches(lambda rows: self._distances(self.memory[rows].float(), rows), np.arange(len(normals)))
         smooth = blur_share(torch.stack([usual.mean(0), usual.var(0)]).unsqueeze(1), SIGMA)
         self.usual_mean, self.usual_std = smooth[0, 0], smooth[1, 0].sqrt()
 
@@ -43,7 +39,7 @@ class Nearest:
         maps = finished_map((distances - self.usual_mean) / self.usual_std, images.shape[1:])
         return maps, image_score(torch.from_numpy(maps).unsqueeze(1), TOP_SHARE).numpy()
 
-    def _distances(self, patches: Tensor, own: range | None = None) -> Tensor:
+    def _distances(self, patches: Tensor, own: np.ndarray | None = None) -> Tensor:
         """To the nearest patch of the memory (B, h, w); own says which of its images these are, to be left out."""
         nearest, size = torch.empty(len(patches), *patches.shape[2:]), 2 * REACH + 1
         for row in range(patches.shape[2]):

@@ -4,12 +4,10 @@
 published.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
-from peers.frozen import PatchFeatures, finished_map
+from peers.frozen import PatchFeatures, finished_map, in_batches
 
 CHANNELS = 100
 EPSILON = 0.01
@@ -18,14 +16,15 @@ EPSILON = 0.01
 class Padim:
     """Mahalanobis distance to the training normals at the same place."""
 
-    def __init__(self, seed: int, folder: Path):
+    def __init__(self, seed: int):
         self.features = PatchFeatures((4, 8, 16), pooled=False)
         self.random = torch.Generator().manual_seed(seed)
 
     def fit(self, normals: np.ndarray) -> None:
         """Mean and inverse covariance of every place."""
-        batches = [self._chosen(normals[first : first + 8]) for first in range(0, len(normals), 8)]
-        values = torch.cat(batches)  # (N, F, places)
+        _, count, *self.grid = self.features(normals[:1]).shape
+        self.channels = torch.randperm(count, generator=self.random)[:CHANNELS]
+        values = in_batches(self._chosen, normals)  # (N, F, places)
         self.mean = values.mean(0)
         self.inverse = torch.empty(values.shape[2], CHANNELS, CHANNELS)
         for first in range(0, values.shape[2], 256):
@@ -42,8 +41,4 @@ class Padim:
 
     def _chosen(self, images: np.ndarray) -> torch.Tensor:
         """The drawn channels (B, 100, places)."""
-        values = self.features(images)
-        if not hasattr(self, "channels"):
-            self.channels = torch.randperm(values.shape[1], generator=self.random)[:CHANNELS]
-            self.grid = tuple(values.shape[2:])
-        return values[:, self.channels].flatten(2)
+        return self.features(images)[:, self.channels].flatten(2)

@@ -4,14 +4,12 @@ On EfficientNet-Lite0, strides 8 and 16; a greedy coreset of 1 % under a random 
 score weighted by nine neighbours (eq. 7), as published.
 """
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from peers.frozen import PatchFeatures, finished_map
+from peers.frozen import PatchFeatures, finished_map, in_batches
 
 SHARE = 0.01
 PROJECTED = 128
@@ -21,13 +19,13 @@ NEIGHBOURS = 9
 class Patchcore:
     """A memory of normal patches, whatever their place."""
 
-    def __init__(self, seed: int, folder: Path):
+    def __init__(self, seed: int):
         self.features = PatchFeatures((8, 16), pooled=True)
         self.random = torch.Generator().manual_seed(seed)
 
     def fit(self, normals: np.ndarray) -> None:
         """Fill the memory."""
-        patches = self.features.of_all(normals).permute(0, 2, 3, 1).flatten(0, 2)
+        patches = in_batches(lambda batch: self.features(batch).half(), normals).permute(0, 2, 3, 1).flatten(0, 2)
         self.memory = patches[self._coreset(patches)].float()
 
     def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
