@@ -213,12 +213,17 @@ def verdicts_of(folder: Path, config: Config) -> Verdicts:
 
 
 def commit() -> str:
-    """The commit of this repository, with a plus where files were changed since."""
-    asked = ("git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--dirty=+", "--exclude", "*")
+    """The commit of this repository, with a plus where files other than results were changed since."""
+    git = ("git", "-C", str(ROOT))
+    changes = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        head, changed = (
+            subprocess.run([*git, *asked], capture_output=True, text=True, check=True).stdout.strip()
+            for asked in (("rev-parse", "--short=10", "HEAD"), changes)
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{head}+" if changed else head
 
 
 def hardware() -> str:
