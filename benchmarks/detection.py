@@ -45,14 +45,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("train_vae.py", "extract_latents.py", "train_flowdiff.py")
 
 
-def features(*left_out: str) -> tuple[str, ...]:
-    """The flags of a reader that does not read these."""
-    return ("--reader.features", *(name for name in ReaderConfig().features if name not in left_out))
-
-
-def fills(*left_out: str) -> tuple[str, ...]:
-    """The flags of a reader that learns on none of these."""
-    return ("--reader.fills", *(name for name in ReaderConfig().fills if name not in left_out))
+def without(field: str, *left_out: str) -> tuple[str, ...]:
+    """The flags of a reader whose list `field` lacks these."""
+    return (f"--reader.{field}", *(name for name in getattr(ReaderConfig(), field) if name not in left_out))
 
 
 # flags of phase 4 for each row
@@ -67,18 +62,18 @@ OURS: dict[str, tuple[str, ...]] = {
     ),
     # what the reader reads
     "reader: backbone alone": ("--reader.features", "backbone"),
-    "reader: without G": features("latent", "trunk", "residual"),
-    "reader: without the backbone": features("backbone"),
-    "reader: without the image": features("image"),
-    "reader: without inner features of G": features("trunk"),
+    "reader: without G": without("features", "latent", "trunk", "residual"),
+    "reader: without the backbone": without("features", "backbone"),
+    "reader: without the image": without("features", "image"),
+    "reader: without inner features of G": without("features", "trunk"),
     "reader: without the plain map": ("--reader.plain-weight", "0"),
     # what it learns from
-    "reader: without offset and shade": fills("offset", "shade"),
-    "reader: without level and saturate": fills("level", "saturate"),
-    "reader: without texture and noise": fills("texture", "noise"),
-    "reader: without paste and graft": fills("paste", "graft"),
-    "reader: without smear, warp, remove": fills("smear", "warp", "remove"),
-    "reader: without rim": fills("rim"),
+    "reader: without offset and shade": without("fills", "offset", "shade"),
+    "reader: without level and saturate": without("fills", "level", "saturate"),
+    "reader: without texture and noise": without("fills", "texture", "noise"),
+    "reader: without paste and graft": without("fills", "paste", "graft"),
+    "reader: without smear and warp and remove": without("fills", "smear", "warp", "remove"),
+    "reader: without rim": without("fills", "rim"),
 }
 PEERS = {"nearest": "Nearest", "patchcore": "Patchcore", "padim": "Padim"}  # module in peers/ and its class
 
@@ -121,7 +116,7 @@ def part_file(row: str, seed: int, options: argparse.Namespace) -> Path:
 
 def file_name(row: str) -> str:
     """A row's name as part of a path."""
-    return row.replace(":", "").replace(",", "").replace(" ", "_")
+    return row.replace(":", "").replace(" ", "_")
 
 
 def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str]) -> None:
@@ -250,7 +245,7 @@ def table_of(folder: Path) -> str:
     for part in parts:
         groups[part["row"], part["size"]].append(part)
     for (row, size), group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
-        cells = [cell([part["kinds"][kind] for part in group]) for kind in kinds]
+        cells = [cell([part["kinds"][kind] for part in group if kind in part["kinds"]]) for kind in kinds]
         means = [part["mean_over_kinds"] for part in group]
         aupro = spread([mean["aupro"] for mean in means], 2)
         seeds = ", ".join(str(part["seed"]) for part in group)

@@ -136,6 +136,14 @@ def test_the_flags_of_every_row_are_understood(row):
     assert row == "reader" or config != parse_command("", ["--preset", "cpu"]).config
 
 
+def test_every_row_can_be_asked_for_by_its_name(monkeypatch):
+    rows = [*detection.OURS, *detection.PEERS]
+    monkeypatch.setattr(sys, "argv", ["detection.py", "--data", "data", "--rows", ",".join(rows)])
+    options, flags = detection.arguments()
+    assert options.rows == rows and flags == []
+    assert len({detection.part_file(row, 0, options) for row in rows}) == len(rows)
+
+
 def test_an_unknown_row_is_refused_with_the_known_ones(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["detection.py", "--rows", "magic"])
     with pytest.raises(UsageError, match="magic is unknown, choose from reader, plain"):
