@@ -33,8 +33,9 @@ from normalizer import Examined, Normalizer
 from reader import Reader
 from standardization import NormalViews, PixelStatistics, features
 
-FORMAT = 2  # of METHOD.json; another is made anew
-PLAIN_BLUR = 0.008  # of the plain map, a share of the height: calms its speckle before the highest values are taken
+FORMAT = 3  # of METHOD.json; another is made anew
+CALM = 0.008  # blur of a map beside the reader's, a share of the height, before its highest values are taken
+FEW_NORMALS = 20  # below, each left-out normal moves the statistics of the others
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
 
 
@@ -53,13 +54,19 @@ class Calibration:
     statistics: PixelStatistics | None = None  # of the features; None for the plain map
     fusion: Fusion | None = None
     reader: Reader | None = None
-    score_fusion: ScoreFusion | None = None  # of the reader's map and of the plain one
+    score_fusion: ScoreFusion | None = None  # of the reader's map and of those beside it
+    beside_statistics: PixelStatistics | None = None  # of the maps that a score hears beside the reader's
 
     def scores_of(self, seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
         """The score (B,) of each image of a batch whose final maps (B, 1, H, W) are these."""
         if self.score_fusion is None:
-            return image_score(maps, config.inference.top_share).cpu().numpy()
-        return self.score_fusion.score(readings_of(seen, maps, config))
+            scores = image_score(maps, config.inference.top_share).cpu().numpy()
+        else:
+            beside = self.beside_statistics.standardize(maps_beside(seen, config))
+            scores = self.score_fusion.score(readings_of(maps, beside, config))
+        if not np.isfinite(scores).all():  # NaN would lie above no threshold and pass for normal
+            raise UsageError("a score is not a number: a network has diverged, look at the curves of phases 1 and 3")
+        return scores
 
     def score_threshold(self, image_fpr: float) -> float:
         """The score that at most this share of the validation normals exceeds."""
@@ -88,6 +95,9 @@ class Calibration:
         arrays = {"scores": self.scores}
         if self.statistics is not None:
             arrays |= {"mean": self.statistics.mean.cpu().numpy(), "std": self.statistics.std.cpu().numpy()}
+        if self.beside_statistics is not None:
+            arrays |= {"beside_mean": self.beside_statistics.mean.cpu().numpy()}
+            arrays |= {"beside_std": self.beside_statistics.std.cpu().numpy()}
         if self.fusion is not None:
             arrays |= {"weights": self.fusion.weights.cpu().numpy(), "bias": np.float64(self.fusion.bias)}
         path, description = _paths(folder, self.method)
@@ -125,13 +135,17 @@ class Calibration:
     @classmethod
     def _of(cls, content: dict, arrays: dict[str, np.ndarray], reader: Reader | None) -> "Calibration":
         largest, names, scores = (content.pop(name) for name in ("largest", "view_names", "score_fusion"))
-        statistics = fusion = None
+        statistics = beside_statistics = fusion = None
         if "mean" in arrays:
             statistics = PixelStatistics(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"]))
+        if "beside_mean" in arrays:
+            parts = (torch.from_numpy(arrays[f"beside_{name}"]) for name in ("mean", "std"))
+            beside_statistics = PixelStatistics(*parts)
         if names:
             fusion = Fusion(torch.from_numpy(arrays["weights"]), float(arrays["bias"]), largest)
         made = {"view_names": tuple(names), "statistics": statistics, "fusion": fusion, "reader": reader}
         made["score_fusion"] = rebuild_phase(ScoreFusion, scores) if scores else None
+        made["beside_statistics"] = beside_statistics
         return cls(**content, scores=arrays["scores"], **made)
 
 
@@ -146,20 +160,22 @@ def shaping(model: Normalizer, config: Config, reader: Reader | None = None) -> 
     if config.inference.method == "statistical":
         settings |= asdict(config.calibration)
     if reader is not None:
-        shares = ("top_share", "plain_weight")
+        shares = ("top_share", "plain_weight", "residual_weight")
         settings |= {f"reader_{name}": getattr(config.reader, name) for name in shares}
         settings |= {"reader_sha256": reader.sha256, "smallest_verdict_spread": config.reader.smallest_verdict_spread}
     return json.loads(json.dumps({**model.identity, "seed": config.runtime.seed, **settings}))
 
 
-def readings_of(seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
-    """What the reader's map and the plain one say of each image, (B, 2): the means of their highest values."""
-    return np.stack([image_score(maps, config.reader.top_share).cpu().numpy(), _plain_reading(seen, config)], axis=1)
+def readings_of(maps: Tensor, beside: Tensor, config: Config) -> np.ndarray:
+    """What the reader's maps and those beside them say of each image, (B, 3): the means of their highest values."""
+    everyone = (maps, beside[:, :1], beside[:, 1:])
+    return np.stack([image_score(each, config.reader.top_share).cpu().numpy() for each in everyone], axis=1)
 
 
-def _plain_reading(seen: Examined, config: Config) -> np.ndarray:
-    calm = blur_share(plain_map(seen.x, seen.normal, config.inference), PLAIN_BLUR)
-    return image_score(calm, config.reader.top_share).cpu().numpy()
+def maps_beside(seen: Examined, config: Config) -> Tensor:
+    """The plain formula and what the autoencoder lost, without their speckle, (B, 2, H, W) at the model's size."""
+    lost = (seen.x - seen.reconstruction).abs()
+    return blur_share(torch.cat([plain_map(seen.x, seen.normal, config.inference), lost], dim=1), CALM)
 
 
 def magnification_of(config: Config) -> int:
@@ -182,8 +198,10 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
             f"too few validation normals: inference.method {method} needs {needed} and there are {len(images)}; add "
             "some to the split val, or use --inference.method plain, which needs one"
         )
+    if len(images) < FEW_NORMALS:
+        print(f"{len(images)} validation normals only: thresholds and p-values are rough below {FEW_NORMALS}")
     survey = _survey(model, images, config, reader)
-    statistics = fusion = score_fusion = None
+    statistics = beside_statistics = fusion = score_fusion = None
     maps = survey.shown
     if method == "statistical":
         normals = NormalViews(survey.shown, config.calibration, config.calibration.blurs)
@@ -196,8 +214,11 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         statistics = normals.statistics()
     maps = blur_share(maps, config.inference.smooth_share)
     if method == "reader":
-        readings = np.stack([image_score(maps, config.reader.top_share).numpy(), survey.plain_readings], axis=1)
-        weights = (1.0, config.reader.plain_weight)
+        others = NormalViews(survey.beside, config.reader)
+        beside_statistics = others.statistics()
+        beside = torch.cat([_left_out(others, index) for index in range(len(images))])
+        readings = readings_of(maps, beside, config)
+        weights = (1.0, config.reader.plain_weight, config.reader.residual_weight)
         score_fusion, scores = ScoreFusion.of(readings, weights), left_out_scores(readings, weights)
     else:
         scores = image_score(maps, config.inference.top_share).numpy()
@@ -216,6 +237,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         fusion=fusion,
         reader=reader,
         score_fusion=score_fusion,
+        beside_statistics=beside_statistics,
     )
 
 
@@ -229,13 +251,13 @@ class _Survey:
     gradient: float
     identity_error: float
     vae_error: float
-    plain_readings: np.ndarray | None  # (N,) what the plain map says beside the reader's
+    beside: Tensor | None  # the maps that a score hears beside the reader's (N, 2, H, W)
 
 
 def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None) -> _Survey:
     """Examine all normals once, batch by batch."""
     method, magnification = config.inference.method, magnification_of(config)
-    shown, names, numbers, readings = [], (), [], []
+    shown, names, numbers, beside = [], (), [], []
     size = config.inference.batch_size
     with tqdm(total=len(images), desc="validation normals", unit="image") as progress:
         for first in range(0, len(images), size):
@@ -245,7 +267,7 @@ def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
                 shown.append(plain_map(seen.x, seen.normal, config.inference).cpu())
             elif method == "reader":
                 shown.append(reader.logits(seen).cpu())
-                readings.append(_plain_reading(seen, config))
+                beside.append(maps_beside(seen, config).cpu())
             else:
                 views = views_of(seen, config.calibration, config.inference)
                 names = tuple(views)
@@ -253,7 +275,7 @@ def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
             numbers.append(_numbers(seen))
             progress.update(len(batch))
     means = torch.cat(numbers).mean(0).tolist()
-    return _Survey(torch.cat(shown), names, *means, np.concatenate(readings) if readings else None)
+    return _Survey(torch.cat(shown), names, *means, torch.cat(beside) if beside else None)
 
 
 def _numbers(seen: Examined) -> Tensor:

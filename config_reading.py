@@ -75,7 +75,10 @@ class ReaderConfig:
     # the same floor for the reader's verdict: where normals are quieter than on average, it is not made louder
     smallest_verdict_spread: float = 1.0
     top_share: float = 0.0005  # what the map says of an image is the mean of this share of its highest values
-    plain_weight: float = 0.5  # of the plain map in an image's score, the reader's being 1: a second eye for metal
+    # what an image's score hears beside the reader, whose weight is 1: second eyes for metal, which no corruption looks
+    # like. Both in standard deviations of normals
+    plain_weight: float = 0.5  # of the plain map
+    residual_weight: float = 0.5  # of |x - dec(enc(x))|
     smallest_corruption: float = 0.004  # radius of a corruption as a share of the height, log-uniform from here
     largest_corruption: float = 0.12  # up to here
     fewest_corruptions: int = 4  # in one image, at least
@@ -96,7 +99,7 @@ class ReaderConfig:
         counts = ("width", "normals", "copies", "steps", "crops", "checkpoint_every")
         require_ranges("reader", self, counts, 1, 10**7)
         require_positive("reader", self, ("lr", "positive_weight"))
-        require_ranges("reader", self, ("lr_warmup_steps", "weight_decay", "plain_weight"), 0)
+        require_ranges("reader", self, ("lr_warmup_steps", "weight_decay", "plain_weight", "residual_weight"), 0)
         require_ranges("reader", self, ("dropout",), 0, 0.9)
         require_ranges("reader", self, ("alignment", "smallest_spread", "smallest_verdict_spread"), 0, 1)
         require_ranges("reader", self, ("largest_deviation",), 0.1, 1e4)

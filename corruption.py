@@ -66,7 +66,7 @@ def _draw_shape(
     low, high = np.log(settings.smallest_corruption), np.log(settings.largest_corruption)
     radius = height * np.exp(random.uniform(low, high))
     row, column = random.uniform(0.05, 0.95) * height, random.uniform(0.03, 0.97) * width
-    reach = int(np.ceil(2.5 * radius)) + 3
+    reach = int(np.ceil(2.7 * radius)) + 3
     box = (
         slice(max(0, int(row) - reach), min(height, int(row) + reach + 1)),
         slice(max(0, int(column) - reach), min(width, int(column) + reach + 1)),
@@ -123,7 +123,7 @@ def stroke(dy: np.ndarray, dx: np.ndarray, radius: float, random: np.random.Gene
     length, thickness, bend = (
         radius * random.uniform(1, 2),
         max(0.8, radius * random.uniform(0.08, 0.3)),
-        random.normal(0, 0.3) / radius,
+        np.clip(random.normal(0, 0.3), -0.3, 0.3) / radius,  # bent more, its ends would leave the box
     )
     distance = thickness - np.hypot(np.maximum(np.abs(u) - length, 0), v - bend * np.minimum(u**2, length**2))
     return _soften(distance, thickness, random)

@@ -31,8 +31,8 @@ from runtime import learning_rate, set_learning_rate, stream_seed, training_prec
 from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
-READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight")
-RECIPE = 2  # raise it when code changes what a reader learns from
+READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight", "residual_weight")
+RECIPE = 3  # raise it when code changes what a reader learns from
 # in the calibration's folder
 READER, LAST, POOL, SHEET = "reader.pt", "reader_last.pt", "reader_pool", "corruptions.png"
 
@@ -103,7 +103,7 @@ def _remove_pool(folder: Path) -> None:
 
 
 def precision_of_training(config: Config, device: torch.device) -> str:
-    """What features and network are computed in while the reader learns: bf16 or no; it is read in float32."""
+    """What the network is computed in while the reader learns: bf16 or no; features are float32, as they are read."""
     return training_precision(config.runtime, device.type == "cpu")
 
 
@@ -173,8 +173,7 @@ def make_pool(
             made = [training_image(images, number, config) for number in numbers]
             batch = torch.from_numpy(np.stack([picture for picture, _ in made])).unsqueeze(1)
             seen = model.examine(batch, settings.magnification)
-            with autocast(config, model.device):
-                maps = [part.half().cpu().numpy() for part in extractor(seen)]
+            maps = [part.half().cpu().numpy() for part in extractor(seen)]
             changed = torch.from_numpy(np.stack([mask for _, mask in made])).unsqueeze(1).float()
             shares = (255 * F.avg_pool2d(changed, settings.stride)[:, 0]).round().byte().numpy()
             if not arrays:

@@ -3,6 +3,9 @@
 Takes the flags of inference.py and the checkpoints it would take. Implants discs of known radius and contrast into
 validation normals, darker and brighter in turn, and prints per radius
 
+Every other validation normal says what is usual, and the discs lie in the rest: a normal that had a say in its own
+threshold would flatter it.
+
 survives     what is left of the contrast in dec(enc(x)): near 0, the autoencoder has lost the lesion, and G with it
 found        share of the discs in which the final map exceeds its threshold somewhere
 false        the same for the places without their discs: what chance would find
@@ -19,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from calibration import Calibration, magnification_of
+from calibration import Calibration, calibrate, magnification_of
 from command_line import parse_command
 from config import Config
 from examination import calibration_of, open_normalizer, read_normals
@@ -35,8 +38,9 @@ COLUMNS = ["radius", "radius_px", "discs", "survives", "found", "false"]
 
 def main() -> None:
     model, config = open_normalizer(parse_command(__doc__))
-    calibration = calibration_of(model, config)
-    images, _ = read_normals(model, config, "val")
+    known = calibration_of(model, config)
+    normals, _ = read_normals(model, config, "val")
+    calibration, images = calibrate(model, normals[::2], config, known.reader), normals[1::2]
     found = np.zeros((len(RADII), len(images[:NORMALS]), 3))
     for number in tqdm(range(found.shape[1]), desc="audit", unit="image"):
         found[:, number] = audit_one(images[number], number, model, calibration, config)
@@ -73,7 +77,7 @@ def audit_one(
 def disc(shape: tuple[int, int], radius: float, random: np.random.Generator) -> np.ndarray:
     """Opacity (H, W) in [0, 1] of a disc of this radius with an edge of two pixels, somewhere in the jaws."""
     height, width = shape
-    row, column = random.uniform(0.35, 0.8) * height, random.uniform(0.15, 0.85) * width
+    row, column = round(random.uniform(0.35, 0.8) * height), round(random.uniform(0.15, 0.85) * width)
     rows, columns = np.mgrid[:height, :width]
     distance = np.hypot(rows - row, columns - column)
     return np.clip(0.5 + (radius * height - distance) / 2, 0, 1).astype(np.float32)

@@ -50,6 +50,7 @@ def without(field: str, *left_out: str) -> tuple[str, ...]:
     return (f"--reader.{field}", *(name for name in getattr(ReaderConfig(), field) if name not in left_out))
 
 
+DEAF = ("--reader.plain-weight", "0", "--reader.residual-weight", "0")  # a score that hears the reader's map alone
 # flags of phase 4 for each row
 OURS: dict[str, tuple[str, ...]] = {
     "reader": (),
@@ -61,12 +62,12 @@ OURS: dict[str, tuple[str, ...]] = {
         *("--inference.noise-level", "0.001", "--inference.solver", "one_step", "--inference.draws", "1"),
     ),
     # what the reader reads
-    "reader: backbone alone": ("--reader.features", "backbone"),
-    "reader: without G": without("features", "latent", "trunk", "residual"),
+    "reader: backbone alone": ("--reader.features", "backbone", *DEAF),
+    "reader: without G": (*without("features", "latent", "trunk", "residual"), *DEAF),
     "reader: without the backbone": without("features", "backbone"),
     "reader: without the image": without("features", "image"),
     "reader: without inner features of G": without("features", "trunk"),
-    "reader: without the plain map": ("--reader.plain-weight", "0"),
+    "reader: its map alone": DEAF,
     # what it learns from
     "reader: without offset and shade": without("fills", "offset", "shade"),
     "reader: without level and saturate": without("fills", "level", "saturate"),
@@ -104,6 +105,11 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     unknown = [row for row in options.rows if row not in (*OURS, *PEERS)]
     if unknown:
         raise UsageError(f"--rows: {unknown[0]} is unknown, choose from {', '.join((*OURS, *PEERS))}")
+    if options.networks and len(options.seeds) > 1:
+        raise UsageError(
+            "--networks holds one training, and the spread over seeds is that of trainings: give one seed, or leave "
+            "--networks out"
+        )
     if options.rows and options.data is None:
         raise UsageError("--data is missing: the folder of the radiographs and their manifest.csv")
     return options, flags
@@ -244,6 +250,7 @@ def table_of(folder: Path) -> str:
     groups = {(part["row"], part["size"]): [] for part in parts}
     for part in parts:
         groups[part["row"], part["size"]].append(part)
+    refuse_unlike(parts)
     for (row, size), group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
         cells = [cell([part["kinds"][kind] for part in group if kind in part["kinds"]]) for kind in kinds]
         means = [part["mean_over_kinds"] for part in group]
@@ -251,6 +258,17 @@ def table_of(folder: Path) -> str:
         seeds = ", ".join(str(part["seed"]) for part in group)
         lines.append("| " + " | ".join([row, str(size), seeds, *cells, cell(means), aupro]) + " |")
     return "\n".join(lines)
+
+
+def refuse_unlike(parts: list[dict]) -> None:
+    """UsageError if parts are of different radiographs, or the seeds of one row were asked for differently."""
+    if len({part["asked"]["manifest_sha256"] for part in parts}) > 1:
+        raise UsageError("the parts are of different radiographs: give each manifest a --results of its own")
+    first: dict[tuple, dict] = {}
+    for part in parts:
+        asked = {name: value for name, value in part["asked"].items() if name != "flow_sha256"}
+        if first.setdefault((part["row"], part["size"]), asked) != asked:
+            raise UsageError(f"the seeds of {part['row']} were run with different flags: remove one, or run it again")
 
 
 def cell(entries: list[dict]) -> str:

@@ -92,9 +92,9 @@ def test_the_nearest_neighbour_of_a_training_normal_is_itself_unless_it_is_left_
 # ---------------------------------------------------------------- parts and their table
 
 
-def part(row, seed, auroc, size=256):
-    entry = {"auroc": auroc, "pixel_ap": None, "aupro": None}
-    return {"row": row, "seed": seed, "size": size, "kinds": {"cyst": entry}, "mean_over_kinds": entry}
+def part(row, seed, auroc, size=256, manifest="a", flags=()):
+    entry, asked = {"auroc": auroc, "pixel_ap": None, "aupro": None}, {"manifest_sha256": manifest, "flags": flags}
+    return {"row": row, "seed": seed, "size": size, "asked": asked, "kinds": {"cyst": entry}, "mean_over_kinds": entry}
 
 
 def test_the_table_has_a_line_per_row_and_size_and_the_spread_over_seeds(tmp_path):
@@ -103,6 +103,30 @@ def test_the_table_has_a_line_per_row_and_size_and_the_spread_over_seeds(tmp_pat
     lines = detection.table_of(tmp_path).splitlines()
     assert lines[-2].startswith("| reader | 256 | 0, 1 | 0.85 ± 0.07 |")
     assert lines[-1].startswith("| plain | 256 | 0 | 0.50 |")
+
+
+@pytest.mark.parametrize(("change", "told"), [("manifest", "different radiographs"), ("flags", "different flags")])
+def test_parts_that_cannot_be_compared_make_no_table(tmp_path, change, told):
+    for seed, one in enumerate([part("plain", 0, 0.5), part("plain", 1, 0.5, **{change: "b"})]):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(one))
+    with pytest.raises(UsageError, match=told):
+        detection.table_of(tmp_path)
+
+
+def test_seeds_of_one_training_are_no_seeds(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["detection.py", "--networks", "outputs", "--seeds", "0,1"])
+    with pytest.raises(UsageError, match="--networks holds one training"):
+        detection.arguments()
+
+
+@pytest.mark.parametrize("row", ["reader: backbone alone", "reader: without G"])
+def test_a_row_without_g_does_not_hear_g_in_its_scores(row):
+    from command_line import parse_command
+
+    settings = parse_command("", list(detection.OURS[row])).config.reader
+    assert settings.plain_weight == settings.residual_weight == 0 and not {"latent", "trunk", "residual"} & set(
+        settings.features
+    )
 
 
 def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
