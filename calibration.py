@@ -201,6 +201,8 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
     if len(images) < FEW_NORMALS:
         print(f"{len(images)} validation normals only: thresholds and p-values are rough below {FEW_NORMALS}")
     survey = _survey(model, images, config, reader)
+    if not torch.isfinite(survey.shown).all():
+        raise UsageError("maps of normals are not numbers: a network has diverged, look at the curves of its phase")
     statistics = beside_statistics = fusion = score_fusion = None
     maps = survey.shown
     if method == "statistical":

@@ -245,7 +245,8 @@ class InferenceConfig:
     def __post_init__(self):
         require_between("inference", self, ("noise_level", "image_fpr", "pixel_fpr"))
         weights = ("alpha_l1", "beta_grad", "gamma_hf")
-        require_ranges("inference", self, (*weights, "smooth_share"), 0)
+        require_ranges("inference", self, weights, 0, 1e6)
+        require_ranges("inference", self, ("smooth_share",), 0, 1)
         some = any(getattr(self, name) > 0 for name in weights)
         require(some, "inference: one of alpha_l1, beta_grad, gamma_hf must be above 0")
         require_ranges("inference", self, ("steps", "draws", "batch_size"), 1)

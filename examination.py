@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from backbone import REMEDY
 from calibration import Calibration, calibrate, magnification_of, shaping
 from checks import UsageError
 from command_line import CommandLine
 from config import Config, DataConfig
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
+from features import with_backbone
+from files import hold
 from normalizer import Normalizer
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from reader import Reader, stored_reader
@@ -96,6 +99,17 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
     return made
 
 
+def refuse_to_lose_the_backbone(stored: dict, config: Config, folder: Path) -> None:
+    """UsageError if a reader made with a backbone would give way to one without, because none is installed here."""
+    had, have = stored["belongs_to"].get("backbone", "none"), with_backbone(config.reader).backbone
+    wanted = "backbone" in config.reader.features and config.reader.backbone == "auto"
+    if wanted and have == "none" and had != "none":
+        raise UsageError(
+            f"the reader in {folder} was made with {had}, which is not installed here: {REMEDY} and another "
+            "--inference.calibration"
+        )
+
+
 def reader_of(model: Normalizer, config: Config) -> Reader:
     """The reader: read where it was trained for these checkpoints and settings, trained and saved otherwise."""
     folder = Path(config.inference.calibration)
@@ -106,9 +120,11 @@ def reader_of(model: Normalizer, config: Config) -> Reader:
             remove_scratch(folder)
             print(f"reader read from {path}")
             return Reader.rebuild(stored, model.device)
+        refuse_to_lose_the_backbone(stored, config, folder)
         print(f"the reader in {folder} belongs to other checkpoints or settings: trained anew")
     images, pictures = read_normals(model, config, "train")
-    return train_reader(model, images, pictures, config, folder)
+    with hold(folder, "reader"):
+        return train_reader(model, images, pictures, config, folder)
 
 
 def read_normals(model: Normalizer, config: Config, split: str) -> tuple[np.ndarray, str]:

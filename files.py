@@ -13,6 +13,11 @@ from typing import BinaryIO
 from checks import UsageError
 from config import RuntimeConfig
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 FORMAT = 2  # of every checkpoint; raise it when a reader of the old one would misread the new
 
 
@@ -78,6 +83,25 @@ def weights_sha256(weights: dict) -> str:
         found.update(name.encode())
         found.update(weight.cpu().numpy().tobytes())
     return found.hexdigest()
+
+
+def hold(folder: Path | str, purpose: str) -> BinaryIO:
+    """Keep others that hold this folder for the same purpose away, for as long as the returned file is open.
+
+    UsageError if one holds it already. The system lets go when a process ends, however it ends; where there are no such
+    locks (Windows), nobody is kept away.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / f".{purpose}.lock", "ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UsageError(
+            f"another run is writing into {folder}: wait until it is done, or name another folder"
+        ) from error
+    return file
 
 
 # ---------------------------------------------------------------- checkpoints

@@ -36,11 +36,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from calibration import Calibration, magnification_of
+from checks import UsageError
 from command_line import parse_command
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
 from examination import calibration_of, magnified, open_normalizer, records_to_examine, refuse_known_content
-from files import write_binary, write_csv, write_json
+from files import hold, write_binary, write_csv, write_json
 from image_ops import residual_components
 from metrics import false_positive_interval, summarize
 from normalizer import Examined
@@ -51,7 +52,7 @@ from reporting.lookup import Pseudonyms
 from reporting.summary import metrics_table
 from runtime import plain, run_script
 
-UNFINISHED = "unfinished"  # where results lie until all of them are there
+UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
 RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv")
 
 
@@ -71,9 +72,11 @@ def main() -> None:
     model, config = open_normalizer(parse_command(__doc__))
     settings = config.inference
     records = records_to_examine(model, config)
+    out = Path(settings.output)
+    refuse_to_write_among(records, out)
+    held = hold(out, "results")
     calibration = calibration_of(model, config)
 
-    out = Path(settings.output)
     fresh = begin(out, config)
     names, findings, errors = Pseudonyms(out), Findings(), []
     threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
@@ -111,10 +114,17 @@ def main() -> None:
     if metrics:
         write_json(fresh / "metrics.json", metrics)
     publish(fresh, out)
+    held.close()
     report(findings, len(errors), calibration, metrics, config)
 
 
 # ---------------------------------------------------------------- results
+
+
+def refuse_to_write_among(records: list[Record], out: Path) -> None:
+    """UsageError if radiographs lie where results go: a new examination removes old results by their names."""
+    if any(out.resolve() in record.path.resolve().parents for record in records):
+        raise UsageError(f"{out} holds radiographs to examine: choose another --inference.output for the results")
 
 
 def begin(out: Path, config: Config) -> Path:

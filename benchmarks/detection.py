@@ -53,7 +53,7 @@ def without(field: str, *left_out: str) -> tuple[str, ...]:
 DEAF = ("--reader.plain-weight", "0", "--reader.residual-weight", "0")  # a score that hears the reader's map alone
 # flags of phase 4 for each row
 OURS: dict[str, tuple[str, ...]] = {
-    "reader": (),
+    "reader": ("--inference.method", "reader"),
     "plain": ("--inference.method", "plain"),
     "statistical": ("--inference.method", "statistical"),
     # |x - dec(enc(x))|: G that goes nowhere, the formula's first term alone
@@ -76,6 +76,12 @@ OURS: dict[str, tuple[str, ...]] = {
     "reader: without smear and warp and remove": without("fills", "smear", "warp", "remove"),
     "reader: without rim": without("fills", "rim"),
 }
+# what a part says of itself, and a flag would belie
+OWN_FLAGS = (
+    *("--data.root", "--data.test", "--data.height", "--data.width", "--data.max-bad-share", "--runtime.seed"),
+    *("--outputs", "--inference.method", "--inference.output", "--inference.calibration"),
+    *("--inference.vae-checkpoint", "--inference.flow-checkpoint"),
+)
 PEERS = {"nearest": "Nearest", "patchcore": "Patchcore", "padim": "Padim"}  # module in peers/ and its class
 
 
@@ -105,6 +111,9 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     unknown = [row for row in options.rows if row not in (*OURS, *PEERS)]
     if unknown:
         raise UsageError(f"--rows: {unknown[0]} is unknown, choose from {', '.join((*OURS, *PEERS))}")
+    belied = [flag for flag in flags if flag.split("=")[0].replace("_", "-") in OWN_FLAGS]
+    if belied:
+        raise UsageError(f"{belied[0]} is this command's to give: use --data, --size, --seeds, --outputs or --rows")
     if options.networks and len(options.seeds) > 1:
         raise UsageError(
             "--networks holds one training, and the spread over seeds is that of trainings: give one seed, or leave "
@@ -129,14 +138,16 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     """One method under one seed: run, judged, and kept; taken as it is where it was kept before."""
     path, asked = part_file(row, seed, options), asked_for(row, options, flags)
     if path.is_file():
-        if json.loads(path.read_text())["asked"] != asked:
+        if read_part(path)["asked"] != asked:
             raise UsageError(
                 f"{path.name} is of other radiographs, networks or flags: remove it, or choose another --results"
             )
         print(f"{row}, seed {seed}: there already ({path.name}; remove it to run it again)")
         return
+    options.results.mkdir(parents=True, exist_ok=True)  # now: hours later would be late to hear that it cannot be
     began = time.monotonic()
     whole = ["--data.root", str(options.data), "--runtime.seed", str(seed), *size_flags(options.size), *flags]
+    whole += ["--data.max-bad-share", "0"]  # a comparison leaves nothing out
     folder = options.outputs / f"size{options.size}-seed{seed}"
     if row in OURS:
         verdicts, settings = run_ours(row, whole, folder, options.networks)
@@ -147,7 +158,8 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     part |= {"minutes": round((time.monotonic() - began) / 60, 1), "hardware": hardware()}
     write_json(path, part | judged)
     mean = judged["mean_over_kinds"]
-    print(f"{row}, seed {seed}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
+    auroc, pixel_ap = (spread([mean[name]]) for name in ("auroc", "pixel_ap"))
+    print(f"{row}, seed {seed}: image AUROC {auroc}, pixel AP {pixel_ap}, kept in {path}")
 
 
 def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
@@ -239,7 +251,7 @@ def hardware() -> str:
 
 def table_of(folder: Path) -> str:
     """All parts in a folder as Markdown: a line per row and size, the mean over its seeds."""
-    parts = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    parts = [read_part(path) for path in sorted(folder.glob("*.json"))]
     if not parts:
         return f"no part is kept in {folder} yet: choose rows with --rows"
     kinds = sorted({kind for part in parts for kind in part["kinds"]})
@@ -251,13 +263,30 @@ def table_of(folder: Path) -> str:
     for part in parts:
         groups[part["row"], part["size"]].append(part)
     refuse_unlike(parts)
-    for (row, size), group in sorted(groups.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+    for (row, size), group in sorted(groups.items(), key=lambda item: (place(item[0][0], order), item[0][1])):
         cells = [cell([part["kinds"][kind] for part in group if kind in part["kinds"]]) for kind in kinds]
         means = [part["mean_over_kinds"] for part in group]
         aupro = spread([mean["aupro"] for mean in means], 2)
         seeds = ", ".join(str(part["seed"]) for part in group)
         lines.append("| " + " | ".join([row, str(size), seeds, *cells, cell(means), aupro]) + " |")
     return "\n".join(lines)
+
+
+def place(row: str, order: list[str]) -> int:
+    """Where a row stands in the table; one that is run no longer stands last."""
+    return order.index(row) if row in order else len(order)
+
+
+def read_part(path: Path) -> dict:
+    """What `run_part` kept; UsageError if it is damaged or something else."""
+    try:
+        part = json.loads(path.read_text())
+        missing = {"row", "seed", "size", "asked", "kinds", "mean_over_kinds"} - set(part)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path.name} in --results is damaged: remove it") from error
+    if missing:
+        raise UsageError(f"{path.name} in --results is no part of a comparison: move it elsewhere")
+    return part
 
 
 def refuse_unlike(parts: list[dict]) -> None:

@@ -15,7 +15,11 @@ METRICS = {"image AUROC": "auroc", "pixel AP": "pixel_ap"}
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    metrics = json.loads(Path(sys.argv[1]).read_text())
+    try:
+        metrics = json.loads(Path(sys.argv[1]).read_text())
+        metrics["mean_over_kinds"], metrics["kinds"]
+    except (OSError, ValueError, KeyError, TypeError):
+        sys.exit(f"{sys.argv[1]} is missing or damaged: run make demo, or python inference.py on labelled radiographs")
     missed = False
     for name, floor in json.loads(FLOORS.read_text()).items():
         reached = value_of(name, metrics)

@@ -67,7 +67,8 @@ def read_all(records: list[Record], config: DataConfig) -> Iterator[list[tuple[i
     errors = []
     yield from read_batches(records, config, BATCH, errors)
     if errors:
-        raise UsageError(f"{errors[0].path.name} cannot be read: {errors[0].reason}")
+        number = [record.path for record in records].index(errors[0].path)
+        raise UsageError(f"radiograph {number} of {len(records)} (counted from 0) cannot be read: {errors[0].reason}")
 
 
 def images_of(records: list[Record], config: DataConfig) -> np.ndarray:

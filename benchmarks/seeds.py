@@ -21,9 +21,13 @@ COLUMNS = {
 
 def main() -> None:
     folders = [Path(argument) for argument in sys.argv[1:]]
-    if not folders or not all((folder / "phase4_inference/metrics.json").is_file() for folder in folders):
+    if not folders:
         sys.exit(__doc__)
-    runs = [json.loads((folder / "phase4_inference/metrics.json").read_text()) for folder in folders]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        sys.exit("a folder is named twice: a run beside itself has no spread")
+    runs = [metrics_of(folder) for folder in folders]
+    if len({tuple(sorted(run["kinds"])) for run in runs}) > 1:
+        sys.exit("the runs have different kinds: a mean over them would compare nothing")
     print(f"| kind ({len(runs)} runs) | " + " | ".join(COLUMNS.values()) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
     rows = {kind: [run["kinds"][kind] for run in runs] for kind in runs[0]["kinds"]}
     rows |= {
@@ -32,6 +36,15 @@ def main() -> None:
     }
     for kind, entries in rows.items():
         print(f"| {kind} | " + " | ".join(spread([entry[column] for entry in entries]) for column in COLUMNS) + " |")
+
+
+def metrics_of(folder: Path) -> dict:
+    """What phase 4 of a run wrote."""
+    path = folder / "phase4_inference/metrics.json"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        sys.exit(f"{path} is missing or damaged: run python inference.py with --outputs {folder}")
 
 
 def spread(values: list[float | None], digits: int = 3) -> str:

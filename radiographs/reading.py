@@ -22,6 +22,8 @@ from PIL import Image, UnidentifiedImageError
 from pydicom.pixels import apply_color_lut, apply_modality_lut, pixel_array
 from pydicom.uid import UID, RLELossless
 
+from checks import UsageError
+
 MIN_SIDE = 16  # pixels; anything smaller is an icon
 MAX_PIXELS = 100_000_000  # a panoramic has 2 to 10 million; beyond this a file is broken or hostile
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
@@ -40,7 +42,7 @@ UPRIGHT = {
     7: lambda stored: np.swapaxes(np.rot90(stored, 2), 0, 1),
     8: np.rot90,
 }
-FIRST_FRAME_ONLY = "{}: {} frames, only the first is read"
+FIRST_FRAME_ONLY = "a file has {} frames, only the first is read"  # unnamed: a file name may be a patient's
 
 # Archives are full of values pydicom finds odd (an invalid VR, a long string) that never touch the pixels.
 warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
@@ -145,12 +147,12 @@ def is_dicom(path: str | Path) -> bool:
 def find_radiographs(root: str | Path) -> list[Path]:
     """Every file below root that looks like a radiograph, sorted: by suffix, or without one by the DICOM marker.
 
-    Hidden files and folders are left alone, and so are linked folders, with a warning. OSError if a folder cannot be
-    read: its patients would be missing without a word.
+    Hidden files and folders are left alone, and so are linked folders, with a warning. UsageError if a folder cannot
+    be read: its patients would be missing without a word. It is not named: it may be a patient's.
     """
 
     def refuse(error: OSError) -> None:
-        raise error
+        raise UsageError(f"a folder below data.root cannot be read ({error.strerror}): see to its rights") from error
 
     found = []
     linked = 0
@@ -207,7 +209,7 @@ def _read_picture(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
         _check_size(image.height, image.width)
         frames = getattr(image, "n_frames", 1)
         if frames > 1:
-            warnings.warn(FIRST_FRAME_ONLY.format(Path(path).name, frames), stacklevel=2)
+            warnings.warn(FIRST_FRAME_ONLY.format(frames), stacklevel=2)
         deep_colour = image.mode in ("LA", "RGB", "RGBA") and _is_16_bit(image)
         stored = _read_16_bit_colour(path, image) if deep_colour else _read_channels(image)
         channels = UPRIGHT[_orientation(path, image)](stored)
@@ -238,7 +240,7 @@ def _orientation(path: str | Path, image: Image.Image) -> int:
         image.load()  # the data may stand behind the pixels
         orientation = image.getexif().get(ORIENTATION, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error) as error:
-        warnings.warn(f"{Path(path).name}: damaged EXIF data ({error}), taken as upright", stacklevel=3)
+        warnings.warn(f"a file has damaged EXIF data ({error}) and is taken as upright", stacklevel=3)
         return 1
     return orientation if orientation in UPRIGHT else 1
 
@@ -265,7 +267,7 @@ def _read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray, str | None]:
     _check_size(int(dataset.get("Rows") or 0), int(dataset.get("Columns") or 0))
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
-        warnings.warn(FIRST_FRAME_ONLY.format(Path(path).name, frames), stacklevel=2)
+        warnings.warn(FIRST_FRAME_ONLY.format(frames), stacklevel=2)
     photometric = dataset.PhotometricInterpretation
     decoded = pixel_array(dataset, index=0)  # also turns YBR into RGB
     if decoded.ndim == 3:

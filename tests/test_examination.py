@@ -15,7 +15,7 @@ from checks import UsageError
 from config import Config, DataConfig, InferenceConfig
 from dataset import read_sample
 from examination import read_normals, records_to_examine, refuse_known_content
-from inference import begin, figures_to_draw, publish
+from inference import begin, figures_to_draw, publish, refuse_to_write_among
 from radiographs.manifest import Record, list_records, split_records
 from reporting.lookup import LOOKUP, Pseudonyms
 
@@ -135,6 +135,14 @@ def test_too_many_unreadable_validation_normals_stop_the_run_and_are_listed(stud
 
 def listed(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_results_are_never_written_among_the_radiographs(study, tmp_path):
+    records = list_records(study, "auto")
+    for out in (study, study / "images"):
+        with pytest.raises(UsageError, match="holds radiographs to examine"):
+            refuse_to_write_among(records, out)
+    refuse_to_write_among(records, study / "results")
 
 
 def test_earlier_results_stay_until_the_new_ones_are_complete(tmp_path):

@@ -2,15 +2,19 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from pipeline import ROOT
 
 from checks import UsageError
 from config import Config, RuntimeConfig
 from files import (
     FORMAT,
     RunIdentity,
+    hold,
     load_checkpoint,
     remove_files,
     resume_point,
@@ -207,3 +211,25 @@ def test_a_longer_run_at_a_lower_rate_goes_on_if_one_says_so(resume):
 def test_fewer_steps_than_are_taken_already_are_refused(resume):
     with pytest.raises(UsageError, match="has taken 3 steps already, and 2 are asked for"):
         resume(SETTINGS | {"vae": {"lr": 1.0, "steps": 2}}, total=2, resume_changed=True)
+
+
+# ---------------------------------------------------------------- one writer at a time
+
+
+def test_a_folder_has_one_holder_for_each_purpose(tmp_path):
+    with hold(tmp_path, "results"):
+        hold(tmp_path, "reader").close()
+        with pytest.raises(UsageError, match="another run is writing"):
+            hold(tmp_path, "results")
+    hold(tmp_path, "results").close()
+
+
+def test_a_holder_that_was_killed_holds_no_more(tmp_path):
+    code = "import sys, time; from files import hold; held = hold(sys.argv[1], 'results'); print(1, flush=True)"
+    code += "; time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        with pytest.raises(UsageError, match="another run is writing"):
+            hold(tmp_path, "results")
+        other.kill()
+    hold(tmp_path, "results").close()

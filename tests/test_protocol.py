@@ -129,6 +129,26 @@ def test_a_row_without_g_does_not_hear_g_in_its_scores(row):
     )
 
 
+@pytest.mark.parametrize("flag", ["--data.test", "--inference.method=plain", "--runtime.seed"])
+def test_a_flag_that_would_belie_what_a_part_says_is_refused(flag, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["detection.py", "--data", "data", "--rows", "reader", flag])
+    with pytest.raises(UsageError, match="this command's to give"):
+        detection.arguments()
+
+
+@pytest.mark.parametrize(("text", "told"), [("{", "damaged"), ("{}", "no part"), ("[1]", "no part")])
+def test_a_file_that_is_no_part_is_named(text, told, tmp_path):
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(UsageError, match=f"odd.json in --results is {told}"):
+        detection.table_of(tmp_path)
+
+
+def test_a_row_of_an_earlier_version_stands_last(tmp_path):
+    for number, one in enumerate([part("gone", 0, 0.5), part("padim", 0, 0.8)]):
+        (tmp_path / f"{number}.json").write_text(json.dumps(one))
+    assert detection.table_of(tmp_path).splitlines()[-1].startswith("| gone |")
+
+
 def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
     options, kept = SimpleNamespace(results=tmp_path, size=256, data=tmp_path), tmp_path / "plain-256-seed3.json"
     options.networks = tmp_path / "networks"
@@ -136,9 +156,8 @@ def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
     trained.parent.mkdir(parents=True)
     trained.write_bytes(b"networks")
     (tmp_path / "manifest.csv").write_text("image\n")
-    kept.write_text(
-        json.dumps({"asked": detection.asked_for("plain", options, ["--vae.pretrained", "/somewhere/taesd"])})
-    )
+    asked = detection.asked_for("plain", options, ["--vae.pretrained", "/somewhere/taesd"])
+    kept.write_text(json.dumps(part("plain", 3, 0.5) | {"asked": asked}))
     monkeypatch.setattr(detection, "run_ours", lambda *_: pytest.fail("run again"))
     detection.run_part("plain", 3, options, ["--vae.pretrained", "/elsewhere/taesd"])
     assert "there already" in capsys.readouterr().out and "somewhere" not in kept.read_text()

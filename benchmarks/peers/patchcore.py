@@ -41,7 +41,8 @@ class Patchcore:
 
     def _weighted(self, patch: Tensor, distance: float, nearest: Tensor) -> float:
         """Less where the nearest patch of the memory is itself far from the others (eq. 7)."""
-        around = torch.cdist(self.memory[nearest][None], self.memory)[0].topk(NEIGHBOURS, largest=False).indices
+        to_memory = torch.cdist(self.memory[nearest][None], self.memory)[0]
+        around = to_memory.topk(min(NEIGHBOURS, len(self.memory)), largest=False).indices
         apart = torch.cdist(patch[None], self.memory[around])[0]
         return (1 - float(torch.softmax(apart, dim=0)[0])) * distance
 
@@ -51,7 +52,7 @@ class Patchcore:
         small = torch.cat([part.float() @ mapping for part in patches.split(2**16)])
         squares, chosen = small.square().sum(1), [int(torch.randint(len(small), (1,), generator=self.random))]
         farthest = torch.full((len(small),), torch.inf)
-        for _ in tqdm(range(round(SHARE * len(small)) - 1), desc="coreset"):
+        for _ in tqdm(range(max(1, round(SHARE * len(small)) - 1)), desc="coreset"):
             last = small[chosen[-1]]
             farthest = torch.minimum(farthest, squares - 2 * small @ last + last.square().sum())
             chosen.append(int(farthest.argmax()))
