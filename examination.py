@@ -138,18 +138,25 @@ def read_normals(model: Normalizer, config: Config, split: str) -> tuple[np.ndar
     if config.inference.method == "reader" and len(records) > config.reader.normals:
         chosen = np.linspace(0, len(records) - 1, config.reader.normals).round().astype(int)
         records = [records[index] for index in chosen]
-    images, digests, errors, left_out = [], [], [], 0
-    for batch in read_batches(records, magnified(config), config.inference.batch_size, errors):
+    images, digests, errors, left_out, small = [], [], [], 0, 0
+    wanted = magnified(config)
+    for batch in read_batches(records, wanted, config.inference.batch_size, errors):
         for index, sample in batch:
             patient = None if training else records[index].patient
             if model.trained_on(patient, sample.digest) != training:
                 left_out += 1
             else:
                 images.append(sample.image)
+                small += min(sample.original_shape[0] / wanted.height, sample.original_shape[1] / wanted.width) < 1
                 digests.append(sample.digest)
     report = Path(config.inference.calibration) / ("skipped_training_files.csv" if training else "skipped_files.csv")
     report_skipped(errors, len(records), report)
     refuse_too_many_bad(len(errors), len(records), config.data, report)
+    if magnification_of(config) > 1 and small > len(images) / 2:
+        print(
+            f"{small} of {len(images)} radiographs are smaller than {wanted.width} x {wanted.height}, which the reader "
+            "looks at: enlarged, they are blurred, for G too; --reader.magnification 1 would look at them as they are"
+        )
     if left_out and training:
         print(f"{left_out} of {len(records)} training normals did not train the networks and are left out")
     elif left_out:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from checks import UsageError
 from config import Config, DataConfig, InferenceConfig
+from config_reading import ReaderConfig
 from dataset import read_sample
 from examination import read_normals, records_to_examine, refuse_known_content
 from inference import begin, figures_to_draw, publish, refuse_to_write_among
@@ -34,7 +35,9 @@ def write_manifest(folder, rows):
 
 
 def config_of(root, test="", **inference):
-    settings = InferenceConfig(method="plain", calibration=str(root / "calibration"), batch_size=2, **inference)
+    settings = InferenceConfig(
+        **{"method": "plain", "calibration": str(root / "calibration"), "batch_size": 2} | inference
+    )
     return Config(data=DataConfig(root=str(root), test=str(test), num_workers=0), inference=settings)
 
 
@@ -102,6 +105,13 @@ def test_a_picture_that_trained_is_recognised_whatever_its_name(study):
 def test_validation_normals_that_trained_are_left_out(study, capsys):
     images = read_normals(model_that_trained_on("P2"), config_of(study), "val")[0]
     assert images.shape == (2, 256, 256) and "1 of 3 validation normals trained" in capsys.readouterr().out
+
+
+def test_radiographs_smaller_than_what_the_reader_looks_at_are_spoken_of(study, capsys):
+    for times, told in ((2, True), (1, False)):
+        config = dataclasses.replace(config_of(study, method="reader"), reader=ReaderConfig(magnification=times))
+        read_normals(model_that_trained_on(), config, "val")
+        assert ("--reader.magnification 1" in capsys.readouterr().out) == told
 
 
 def test_the_reader_learns_on_those_alone_who_trained_the_networks(study, capsys):
