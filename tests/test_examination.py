@@ -35,9 +35,8 @@ def write_manifest(folder, rows):
 
 
 def config_of(root, test="", **inference):
-    settings = InferenceConfig(
-        **{"method": "plain", "calibration": str(root / "calibration"), "batch_size": 2} | inference
-    )
+    given = {"method": "plain", "calibration": str(root / "calibration"), "batch_size": 2}
+    settings = InferenceConfig(**given | inference)
     return Config(data=DataConfig(root=str(root), test=str(test), num_workers=0), inference=settings)
 
 

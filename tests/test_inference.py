@@ -38,6 +38,7 @@ def listed_test_rows(made):
 
 def test_every_artefact_of_phase_4_is_there_and_nothing_unfinished(examined):
     fixed = {"scores.csv", "maps", "metrics.json", "config.json", "lookup_local_only.csv"}
+    fixed.add(".results.lock")
     assert fixed == {path.name for path in examined.phase4.iterdir() if not path.match("result_*.png")}
     assert {path.name for path in (examined.out / "calibration").iterdir()} == {"statistical.npz", "statistical.json"}
 
@@ -280,7 +281,7 @@ def test_the_reader_is_trained_once_and_read_by_the_next_examination(call, exami
     first = call("inference", *flags, "--inference.figures", 1)
     assert first.code == 0 and "trained the reader in" in first.out
     made = {path.name for path in (tmp_path / "calibration").iterdir()}
-    assert made == {"reader.pt", "corruptions.png", "reader.npz", "reader.json"}
+    assert made == {"reader.pt", "corruptions.png", "reader.npz", "reader.json", ".reader.lock"}
     before = scores_in(tmp_path / "phase4_inference")
     assert len(before) == 9 and opens(next((tmp_path / "phase4_inference").glob("result_*.png")))
     again = call("inference", *flags, *QUIET)
