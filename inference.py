@@ -4,7 +4,8 @@ Reads   radiographs (data.test, or the test split of data.root) and the checkpoi
         outputs/calibration/ has nothing that belongs to them, also the training and validation normals of data.root
 
 Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image,
-        metrics.json where labels exist, and lookup_local_only.csv, the one file that says which source each index is
+        metrics.json where labels exist, lookup_local_only.csv, the one file that says which source each index is, and
+        skipped_files.csv with the names of files that could not be read
 
         outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
         every later examination
@@ -15,8 +16,8 @@ method plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| +
 
 method statistical  map = many views of what G changed, in standard deviations of validation normals, fused
 
-score = mean of the top_share highest values of the map; for reader, that of its map and half that of the plain one,
-        both in standard deviations of validation normals
+score = mean of the top_share highest values of the map; for reader, that of its map, half that of the plain one and
+        half that of |x - dec(enc(x))|, each in standard deviations of validation normals
 
 The reader learns on corrupted training normals. Thresholds, p-values and colour scales come from the validation normals
 alone: at most image_fpr of their scores and pixel_fpr of their pixels lie above. No score depends on another test
