@@ -104,6 +104,8 @@ def main() -> None:
                     draw(fresh / figure, seen, position, anomaly_map, title, scale, sample.mask)
                     findings.best = max(findings.best, (score, figure))
             progress.update(len(batch))
+            if len(errors) > config.data.max_bad_share * len(records):
+                break  # refused below: no need to examine the rest first
 
     skipped = out / "skipped_files.csv"
     report_skipped(errors, len(records), skipped)

@@ -129,16 +129,19 @@ class Normalizer:
                 f"{flow_checkpoint} was trained on latents of another VAE than {vae_checkpoint}: give the VAE it was "
                 "trained with, or rerun python extract_latents.py and python train_flowdiff.py"
             )
-        unet = rebuild_phase(UNetConfig, flow_content["config"]["unet"])
-        network = FlowDiffUNet(unet, flow_content["latent_channels"])
-        network.load_state_dict(flow_content["weights"])
+        try:
+            unet = rebuild_phase(UNetConfig, flow_content["config"]["unet"])
+            network = FlowDiffUNet(unet, flow_content["latent_channels"])
+            network.load_state_dict(flow_content["weights"])
+            standard = LatentStandard(tuple(flow_content["mean"]), tuple(flow_content["std"]))
+            artefact = {name: flow_content[name] for name in ("preprocessing", "split")}
+            members = [Membership.from_plain(stored) for stored in flow_content["members"]]
+        except (KeyError, TypeError, RuntimeError) as error:  # the right kind and format, and not what phase 3 writes
+            raise UsageError(f"{flow_checkpoint} is damaged: run python train_flowdiff.py again") from error
         network.to(device).requires_grad_(False).eval()
-        standard = LatentStandard(tuple(flow_content["mean"]), tuple(flow_content["std"]))
         loaded = cls(rebuild_vae(vae_content).to(device), network, standard, settings, seed)
-        loaded.artefact = {name: flow_content[name] for name in ("preprocessing", "split")}
-        loaded.artefact["unet"] = flow_content["config"]["unet"]
-        loaded.identity = identity
-        loaded.members = [Membership.from_plain(stored) for stored in flow_content["members"]]
+        loaded.artefact = artefact | {"unet": flow_content["config"]["unet"]}
+        loaded.identity, loaded.members = identity, members
         return loaded
 
     @property

@@ -217,8 +217,11 @@ def verdicts_of(folder: Path, config: Config) -> Verdicts:
     if len(rows) != len(records):
         raise UsageError(f"{len(records) - len(rows)} files could not be read: a comparison leaves nothing out")
     for row, record in zip(rows, records, strict=True):
+        path = folder / "maps" / f"{row['index']}.npy"
+        if not path.is_file():
+            raise UsageError(f"{path} is missing: was another run writing there? Run the same command again")
         if record.label is not None:
-            verdicts.add(record, float(row["score"]), np.load(folder / "maps" / f"{row['index']}.npy"))
+            verdicts.add(record, float(row["score"]), np.load(path))
     return verdicts
 
 

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 import examination
 from calibration import Calibration
+from checks import UsageError
 from command_line import parse_command
 from config import InferenceConfig
 from files import load_checkpoint, save_checkpoint, sha256
@@ -300,3 +301,13 @@ def test_an_unknown_fill_or_feature_is_one_line(call, examined):
     for flags, word in ((["--reader.fills", "glow"], "glow"), (["--reader.features", "smell"], "smell")):
         result = call("inference", *READER.split(), *flags)
         assert result.code == 2 and f"{word} is unknown, choose from" in result.error
+
+
+@pytest.mark.parametrize("field", ["preprocessing", "members", "weights"])
+def test_a_flow_checkpoint_without_what_phase_3_writes_is_refused(field, examined, tmp_path):
+    content = torch.load(examined.out / "phase3_flowdiff/checkpoint_best.pt", weights_only=True)
+    content[field] = {"of": "another version"} if field == "weights" else 7
+    damaged = tmp_path / "flow.pt"
+    torch.save({name: value for name, value in content.items() if value != 7}, damaged)
+    with pytest.raises(UsageError, match=r"flow.pt is damaged: run python train_flowdiff.py"):
+        Normalizer.load(examined.out / "phase1_vae/checkpoint_best.pt", damaged)
