@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,19 +89,22 @@ def weights_sha256(weights: dict) -> str:
 def hold(folder: Path | str, purpose: str) -> BinaryIO:
     """Keep others that hold this folder for the same purpose away, for as long as the returned file is open.
 
-    UsageError if one holds it already. The system lets go when a process ends, however it ends; where there are no such
-    locks (Windows), nobody is kept away.
+    UsageError if one holds it already. The system lets go when a process ends, however it ends. Where there are no such
+    locks (Windows, some network disks), nobody is kept away, and a warning says so.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / f".{purpose}.lock", "ab")
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is None:
+            raise OSError("this system has no such locks")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
         raise UsageError(
             f"another run is writing into {folder}: wait until it is done, or name another folder"
         ) from error
+    except OSError as error:
+        warnings.warn(f"{folder} cannot be locked ({error}): see that no other run writes there", stacklevel=2)
     return file
 
 

@@ -233,3 +233,9 @@ def test_a_holder_that_was_killed_holds_no_more(tmp_path):
             hold(tmp_path, "results")
         other.kill()
     hold(tmp_path, "results").close()
+
+
+def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr("files.fcntl", None)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        hold(tmp_path, "results").close()
