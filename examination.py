@@ -152,7 +152,7 @@ def read_normals(model: Normalizer, config: Config, split: str) -> tuple[np.ndar
     report = Path(config.inference.calibration) / ("skipped_training_files.csv" if training else "skipped_files.csv")
     report_skipped(errors, len(records), report)
     refuse_too_many_bad(len(errors), len(records), config.data, report)
-    if magnification_of(config) > 1 and small > len(images) / 2:
+    if not training and magnification_of(config) > 1 and small > len(images) / 2:  # said once, of those that calibrate
         print(
             f"{small} of {len(images)} radiographs are smaller than {wanted.width} x {wanted.height}, which the reader "
             "looks at: enlarged, they are blurred, for G too; --reader.magnification 1 would look at them as they are"

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from calibration import Calibration, calibrate, magnification_of
 from command_line import parse_command
 from config import Config
-from examination import calibration_of, open_normalizer, read_normals
+from examination import open_normalizer, read_normals, reader_of
 from files import write_csv
 from normalizer import Examined, Normalizer
 from runtime import run_script, stream_seed
@@ -38,9 +38,9 @@ COLUMNS = ["radius", "radius_px", "discs", "survives", "found", "false"]
 
 def main() -> None:
     model, config = open_normalizer(parse_command(__doc__))
-    known = calibration_of(model, config)
+    reader = reader_of(model, config) if config.inference.method == "reader" else None
     normals, _ = read_normals(model, config, "val")
-    calibration, images = calibrate(model, normals[::2], config, known.reader), normals[1::2]
+    calibration, images = calibrate(model, normals[::2], config, reader), normals[1::2]
     found = np.zeros((len(RADII), len(images[:NORMALS]), 3))
     for number in tqdm(range(found.shape[1]), desc="audit", unit="image"):
         found[:, number] = audit_one(images[number], number, model, calibration, config)

@@ -8,6 +8,8 @@ import json
 import sys
 from pathlib import Path
 
+from seeds import metrics_of
+
 FLOORS = Path(__file__).with_name("floors.json")
 METRICS = {"image AUROC": "auroc", "pixel AP": "pixel_ap"}
 
@@ -15,11 +17,7 @@ METRICS = {"image AUROC": "auroc", "pixel AP": "pixel_ap"}
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    try:
-        metrics = json.loads(Path(sys.argv[1]).read_text())
-        metrics["mean_over_kinds"], metrics["kinds"]
-    except (OSError, ValueError, KeyError, TypeError):
-        sys.exit(f"{sys.argv[1]} is missing or damaged: run make demo, or python inference.py on labelled radiographs")
+    metrics = metrics_of(Path(sys.argv[1]))
     missed = False
     for name, floor in json.loads(FLOORS.read_text()).items():
         reached = value_of(name, metrics)

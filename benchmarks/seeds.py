@@ -25,7 +25,7 @@ def main() -> None:
         sys.exit(__doc__)
     if len({folder.resolve() for folder in folders}) < len(folders):
         sys.exit("a folder is named twice: a run beside itself has no spread")
-    runs = [metrics_of(folder) for folder in folders]
+    runs = [metrics_of(folder / "phase4_inference/metrics.json") for folder in folders]
     if len({tuple(sorted(run["kinds"])) for run in runs}) > 1:
         sys.exit("the runs have different kinds: a mean over them would compare nothing")
     print(f"| kind ({len(runs)} runs) | " + " | ".join(COLUMNS.values()) + " |\n|" + " --- |" * (len(COLUMNS) + 1))
@@ -38,13 +38,16 @@ def main() -> None:
         print(f"| {kind} | " + " | ".join(spread([entry[column] for entry in entries]) for column in COLUMNS) + " |")
 
 
-def metrics_of(folder: Path) -> dict:
-    """What phase 4 of a run wrote."""
-    path = folder / "phase4_inference/metrics.json"
+def metrics_of(path: Path) -> dict:
+    """A metrics.json of phase 4; ends with one line if it is missing or damaged."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        sys.exit(f"{path} is missing or damaged: run python inference.py with --outputs {folder}")
+        metrics = json.loads(path.read_text())
+        whole = {"kinds", "mean_over_kinds"} <= set(metrics)
+    except (OSError, ValueError, TypeError):
+        whole = False
+    if not whole:
+        sys.exit(f"{path} is missing or damaged: run make demo, or python inference.py on labelled radiographs")
+    return metrics
 
 
 def spread(values: list[float | None], digits: int = 3) -> str:

@@ -152,7 +152,7 @@ def find_radiographs(root: str | Path) -> list[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise UsageError(f"a folder below data.root cannot be read ({error.strerror}): see to its rights") from error
+        raise UsageError(f"a folder of radiographs cannot be read ({error.strerror}): see to its rights") from error
 
     found = []
     linked = 0

@@ -15,7 +15,7 @@ from checks import UsageError
 from config import Config, DataConfig, InferenceConfig
 from config_reading import ReaderConfig
 from dataset import read_sample
-from examination import read_normals, records_to_examine, refuse_known_content
+from examination import read_normals, records_to_examine, refuse_known_content, refuse_to_lose_the_backbone
 from inference import begin, figures_to_draw, publish, refuse_to_write_among
 from radiographs.manifest import Record, list_records, split_records
 from reporting.lookup import LOOKUP, Pseudonyms
@@ -104,6 +104,15 @@ def test_a_picture_that_trained_is_recognised_whatever_its_name(study):
 def test_validation_normals_that_trained_are_left_out(study, capsys):
     images = read_normals(model_that_trained_on("P2"), config_of(study), "val")[0]
     assert images.shape == (2, 256, 256) and "1 of 3 validation normals trained" in capsys.readouterr().out
+
+
+def test_a_reader_with_a_backbone_does_not_give_way_to_one_without_for_want_of_a_package(study, monkeypatch):
+    monkeypatch.setattr("backbone.PACKAGES", ("no_such_package",))
+    stored = {"belongs_to": {"backbone": "efficientnet-lite0"}}
+    with pytest.raises(UsageError, match="was made with efficientnet-lite0, which is not installed here: pip install"):
+        refuse_to_lose_the_backbone(stored, config_of(study), study / "calibration")
+    without = dataclasses.replace(config_of(study), reader=ReaderConfig(backbone="none"))
+    refuse_to_lose_the_backbone(stored, without, study / "calibration")
 
 
 def test_radiographs_smaller_than_what_the_reader_looks_at_are_spoken_of(study, capsys):

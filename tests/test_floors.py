@@ -19,6 +19,18 @@ def run(tmp_path, auroc, pixel_ap, **kinds):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("text", [None, "", "{}", "7"])
+def test_metrics_that_are_missing_or_damaged_are_named(tmp_path, text):
+    metrics = tmp_path / "phase4_inference/metrics.json"
+    metrics.parent.mkdir()
+    if text is not None:
+        metrics.write_text(text)
+    for command in (["floors.py", metrics], ["seeds.py", tmp_path]):
+        script = [sys.executable, f"benchmarks/{command[0]}", *command[1:]]
+        done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and "metrics.json is missing or damaged" in done.stderr
+
+
 def test_a_demo_that_detects_passes(tmp_path):
     assert run(tmp_path, 1.0, 1.0, cyst=1.0, implant=1.0).returncode == 0
 

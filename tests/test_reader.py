@@ -301,6 +301,13 @@ def test_maps_of_the_reader_are_in_standard_deviations_of_validation_normals(tra
     np.testing.assert_allclose(scores, known.score_fusion.score(readings_of(shown, beside, config)))
 
 
+def test_a_score_that_is_not_a_number_passes_for_nothing(trained, model):
+    _, config, reader = trained
+    known = calibrate(model, np.stack(normals(5)), config, reader)
+    with pytest.raises(UsageError, match="a score is not a number"):
+        known.scores_of(seen_by(model), torch.full((2, 1, 128, 128), torch.nan), config)
+
+
 def test_the_network_has_no_way_to_see_beyond_its_inputs():
     """The same features at another place give another logit only through the position."""
     network = ReaderNetwork([3], 8, 0.0).eval()
