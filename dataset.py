@@ -23,24 +23,27 @@ from tqdm import tqdm
 from checks import UsageError
 from config import DataConfig
 from files import write_csv
-from radiographs.geometry import fit_image, fit_mask
+from radiographs.geometry import fit_detail, fit_mask
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from radiographs.reading import ImageReadError, read_mask, read_radiograph, rescale
 
 
 class Sample(NamedTuple):
-    """One radiograph at the size of the model."""
+    """One radiograph at the size of the model, or k times as large."""
 
-    image: np.ndarray  # float32 (H, W) in [-1, 1]
-    mask: np.ndarray | None  # bool (H, W), True on a lesion
+    image: np.ndarray  # float32 (k H, k W) in [-1, 1]
+    mask: np.ndarray | None  # bool (k H, k W), True on a lesion
     original_shape: tuple[int, int]  # rows, columns of the file
     digest: str  # of the file's grey levels: the same picture in another format or under another name has the same
 
 
-def read_sample(record: Record, config: DataConfig) -> Sample:
-    """Read, rescale and fit one radiograph and its mask; ImageReadError if either cannot be used."""
+def read_sample(record: Record, config: DataConfig, times: int = 1) -> Sample:
+    """Read, rescale and fit one radiograph and its mask to `times` the size of the model.
+
+    ImageReadError if either cannot be used.
+    """
     radiograph = read_radiograph(record.path)
-    shape = radiograph.pixels.shape
+    shape, height, width, fit = radiograph.pixels.shape, config.height, config.width, config.fit
     try:
         x = rescale(radiograph, config.percentile_low, config.percentile_high)
     except ValueError as error:
@@ -50,9 +53,9 @@ def read_sample(record: Record, config: DataConfig) -> Sample:
         mask = read_mask(record.mask)
         if mask.shape != shape:
             raise ImageReadError(record.mask, f"the mask has {mask.shape} pixels, its radiograph {shape}")
-        mask = fit_mask(mask, config.height, config.width, config.fit)
+        mask = fit_mask(mask, times * height, times * width, fit)
     digest = hashlib.sha256(repr(shape).encode() + radiograph.pixels.tobytes()).hexdigest()
-    return Sample(fit_image(x, config.height, config.width, config.fit), mask, shape, digest)
+    return Sample(fit_detail(x, height, width, fit, times), mask, shape, digest)
 
 
 def open_datasets(
@@ -103,10 +106,10 @@ def open_normals(config: DataConfig, seed: int, report: Path, quiet: bool = Fals
     return open_datasets(normals, config, seed, report, quiet)
 
 
-def attempt_sample(record: Record, config: DataConfig) -> Sample | ImageReadError:
+def attempt_sample(record: Record, config: DataConfig, times: int = 1) -> Sample | ImageReadError:
     """The radiograph, or why it cannot be used."""
     try:
-        return read_sample(record, config)
+        return read_sample(record, config, times)
     except ImageReadError as error:
         return error
 
@@ -132,16 +135,16 @@ def refuse_too_many_bad(bad: int, total: int, config: DataConfig, report: Path, 
 
 
 def read_batches(
-    records: list[Record], config: DataConfig, batch_size: int, errors: list[ImageReadError]
+    records: list[Record], config: DataConfig, batch_size: int, errors: list[ImageReadError], times: int = 1
 ) -> Iterator[list[tuple[int, Sample]]]:
-    """Batches of (position in records, sample), in order, read by threads one batch ahead.
+    """Batches of (position in records, sample), `times` as large as the model, in order, read one batch ahead.
 
     What cannot be read goes to `errors`; a batch of which nothing can be read is left out. Any other exception ends it.
     """
     pool = ThreadPoolExecutor(max(1, config.num_workers))
 
     def begin(start: int) -> list[Future]:
-        return [pool.submit(attempt_sample, record, config) for record in records[start : start + batch_size]]
+        return [pool.submit(attempt_sample, record, config, times) for record in records[start : start + batch_size]]
 
     try:
         ahead = begin(0)

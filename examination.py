@@ -1,7 +1,6 @@
 """Whom phase 4 examines, and the normals it compares them with: refused, read, or learnt from once and kept."""
 
 import hashlib
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from backbone import REMEDY
 from calibration import Calibration, calibrate, magnification_of, shaping
 from checks import UsageError
 from command_line import CommandLine
-from config import Config, DataConfig
+from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
 from features import with_backbone
 from files import hold
@@ -32,12 +31,6 @@ def open_normalizer(command: CommandLine) -> tuple[Normalizer, Config]:
     checkpoints = settings.vae_checkpoint, settings.flow_checkpoint
     model = Normalizer.load(*checkpoints, settings, runtime.seed, accelerator.device)
     return model, command.adopt(model.artefact, settings.flow_checkpoint)
-
-
-def magnified(config: Config) -> DataConfig:
-    """How files are read: at the size of the model, or larger where the method looks closer than G."""
-    times = magnification_of(config)
-    return replace(config.data, height=times * config.data.height, width=times * config.data.width)
 
 
 def records_to_examine(model: Normalizer, config: Config) -> list[Record]:
@@ -138,25 +131,19 @@ def read_normals(model: Normalizer, config: Config, split: str) -> tuple[np.ndar
     if config.inference.method == "reader" and len(records) > config.reader.normals:
         chosen = np.linspace(0, len(records) - 1, config.reader.normals).round().astype(int)
         records = [records[index] for index in chosen]
-    images, digests, errors, left_out, small = [], [], [], 0, 0
-    wanted = magnified(config)
-    for batch in read_batches(records, wanted, config.inference.batch_size, errors):
+    images, digests, errors, left_out = [], [], [], 0
+    times = magnification_of(config)
+    for batch in read_batches(records, config.data, config.inference.batch_size, errors, times):
         for index, sample in batch:
             patient = None if training else records[index].patient
             if model.trained_on(patient, sample.digest) != training:
                 left_out += 1
             else:
                 images.append(sample.image)
-                small += min(sample.original_shape[0] / wanted.height, sample.original_shape[1] / wanted.width) < 1
                 digests.append(sample.digest)
     report = Path(config.inference.calibration) / ("skipped_training_files.csv" if training else "skipped_files.csv")
     report_skipped(errors, len(records), report)
     refuse_too_many_bad(len(errors), len(records), config.data, report)
-    if not training and magnification_of(config) > 1 and small > len(images) / 2:  # said once, of those that calibrate
-        print(
-            f"{small} of {len(images)} radiographs are smaller than {wanted.width} x {wanted.height}, which the reader "
-            "looks at: enlarged, they are blurred, for G too; --reader.magnification 1 would look at them as they are"
-        )
     if left_out and training:
         print(f"{left_out} of {len(records)} training normals did not train the networks and are left out")
     elif left_out:

@@ -41,7 +41,7 @@ from checks import UsageError
 from command_line import parse_command
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
-from examination import calibration_of, magnified, open_normalizer, records_to_examine, refuse_known_content
+from examination import calibration_of, open_normalizer, records_to_examine, refuse_known_content
 from files import hold, write_binary, write_csv, write_json
 from image_ops import residual_components
 from metrics import false_positive_interval, summarize
@@ -83,7 +83,7 @@ def main() -> None:
     threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
     drawn = figures_to_draw(records, settings.figures)
     with tqdm(total=len(records), desc="phase 4", unit="image") as progress:
-        for batch in read_batches(records, magnified(config), settings.batch_size, errors):
+        for batch in read_batches(records, config.data, settings.batch_size, errors, magnification_of(config)):
             images = torch.stack([torch.from_numpy(sample.image) for _, sample in batch]).unsqueeze(1)
             seen = model.examine(images, magnification_of(config))
             maps = calibration.anomaly_map(seen, config)

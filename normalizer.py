@@ -50,7 +50,7 @@ class Examined:
     """What the networks say of a batch before any judgement, each made when it is first asked for.
 
     detail (B, 1, k H, k W) is the batch as it was read, k = 1 or more; x (B, 1, H, W), its k x k means, is what the
-    networks see.
+    networks see, as in training (radiographs.geometry.fit_detail).
     """
 
     def __init__(self, model: "Normalizer", detail: Tensor, magnification: int = 1):

@@ -16,6 +16,23 @@ def fit_image(x: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
     return fitted
 
 
+def fit_detail(x: np.ndarray, height: int, width: int, fit: str, times: int) -> np.ndarray:
+    """x, (H, W) in [-1, 1], `times` as large as the model's size -> float32 (times height, times width) in [-1, 1].
+
+    The means of its times x times cells are what fit_image gives, whatever the size of the file: an enlargement alone
+    would be blurred once it is averaged, and G would see other radiographs than it was trained on.
+    """
+    fitted = fit_image(x, height, width, fit)
+    if times == 1:
+        return fitted
+    means = fitted[:, None, :, None]
+    cells = fit_image(x, times * height, times * width, fit).reshape(height, times, width, times)
+    apart = cells - cells.mean(axis=(1, 3), keepdims=True)
+    highest, lowest = (end(apart, axis=(1, 3), keepdims=True) for end in (np.max, np.min))
+    room = np.minimum((1 - means) / np.maximum(highest, 1e-6), (1 + means) / np.maximum(-lowest, 1e-6))
+    return np.clip(means + np.clip(room, 0, 1) * apart, -1, 1).reshape(times * height, times * width)
+
+
 def fit_mask(mask: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
     """Bring a mask, bool (H, W), to the size of the model by maximum -> bool (height, width).
 

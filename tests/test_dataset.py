@@ -172,7 +172,7 @@ def reads(monkeypatch):
     """Instead of reading: the names asked for so far, and an event for each name, set when its turn comes."""
     asked, begun = [], {f"{i:03}.png": threading.Event() for i in range(20)}
 
-    def read(record, config):
+    def read(record, config, times=1):
         asked.append(record.path.name)
         begun[record.path.name].set()
         if record.path.name == "005.png":

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from radiographs.geometry import fit_image, fit_mask, unfit_map
+from radiographs.geometry import fit_detail, fit_image, fit_mask, unfit_map
 
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
@@ -28,6 +28,22 @@ def test_shrinking_by_a_whole_factor_is_the_mean_of_the_blocks_even_while_the_ot
     np.testing.assert_allclose(fit_image(x, 32, 30, "stretch"), x.reshape(32, 2, 30, 3).mean((1, 3)), atol=1e-6)
     grown = fit_image(np.repeat(x[:16, :1], 90, axis=1), 8, 120, "stretch")
     np.testing.assert_allclose(grown, np.repeat(x[:16, :1].reshape(8, 2, 1).mean(1), 120, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+@pytest.mark.parametrize("shape", [(40, 60), (64, 96), (100, 131), (33, 500), (640, 1280)])
+def test_the_means_of_an_enlarged_radiograph_are_the_radiograph_as_g_knows_it(shape, fit):
+    x = np.random.default_rng(0).uniform(-1.5, 1.5, shape).clip(-1, 1).astype(np.float32)  # some of it saturated
+    detail = fit_detail(x, 64, 96, fit, 2)
+    assert detail.shape == (128, 192) and detail.dtype == np.float32 and np.abs(detail).max() <= 1
+    means = detail.reshape(64, 2, 96, 2).mean((1, 3))
+    np.testing.assert_allclose(means, fit_image(x, 64, 96, fit), atol=1e-5)
+
+
+def test_a_file_of_the_enlarged_size_is_enlarged_by_nothing():
+    x = np.random.default_rng(0).uniform(-1, 1, (128, 192)).astype(np.float32)
+    np.testing.assert_allclose(fit_detail(x, 64, 96, "stretch", 2), x, atol=1e-6)
+    np.testing.assert_array_equal(fit_detail(x, 64, 96, "stretch", 1), fit_image(x, 64, 96, "stretch"))
 
 
 def test_pad_keeps_the_aspect_ratio_on_black():
