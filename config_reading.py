@@ -60,6 +60,7 @@ class ReaderConfig:
     levels: tuple[float, ...] = (0.1, 0.25, 0.4)  # noise levels at which G is read
     stride: Literal[2, 4, 8] = 4  # pixels of the magnified image per place that gets a verdict
     width: int = 64  # features of the reader's hidden layers
+    members: int = 3  # networks whose verdicts are averaged: errs less, learns longer
     normals: int = 1_000  # training normals it learns on at most, spread evenly
     copies: int = 4  # corrupted copies of each normal, beside the plain one
     steps: int = 20_000  # optimizer steps
@@ -96,7 +97,7 @@ class ReaderConfig:
         inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
         require(inside, f"reader.levels needs noise levels in (0, 1), got {self.levels}")
         require(len(self.features) > 0, "reader.features needs at least one; features.py names them")
-        counts = ("width", "normals", "copies", "steps", "crops", "checkpoint_every")
+        counts = ("width", "members", "normals", "copies", "steps", "crops", "checkpoint_every")
         require_ranges("reader", self, counts, 1, 10**7)
         require_positive("reader", self, ("lr", "positive_weight"))
         require_ranges("reader", self, ("lr_warmup_steps", "weight_decay"), 0)

@@ -91,6 +91,22 @@ class ReaderNetwork(nn.Module):
         return self.body(hidden)
 
 
+class ReaderEnsemble(nn.ModuleList):
+    """Networks that began elsewhere and saw other crops, and what they say on average (Lakshminarayanan et al. 2017).
+
+    Where each one errs is its own; what they agree on is in the picture.
+    """
+
+    @classmethod
+    def untrained(cls, channels: list[int], settings: ReaderConfig) -> "ReaderEnsemble":
+        """For feature maps of these channels; the weights of all members follow from torch's seed."""
+        return cls(ReaderNetwork(channels, settings.width, settings.dropout) for _ in range(settings.members))
+
+    def forward(self, features: list[Tensor], places: Tensor) -> Tensor:
+        """The mean of the members' logits, (B, 1, h, w)."""
+        return torch.stack([member(features, places) for member in self]).mean(0)
+
+
 def positions(size: tuple[int, int], crops: list[Crop], device: torch.device | str) -> Tensor:
     """Where each place lies, row and column in [-1, 1]: (B, 2, h, w) for crops of a grid of this size."""
     rows = torch.linspace(-1, 1, size[0], device=device).reshape(1, 1, -1, 1).expand(1, 1, *size)
@@ -101,9 +117,9 @@ def positions(size: tuple[int, int], crops: list[Crop], device: torch.device | s
 
 @dataclass(frozen=True)
 class Reader:
-    """The trained network with everything it needs."""
+    """The trained networks with everything they need."""
 
-    network: ReaderNetwork
+    network: ReaderEnsemble
     statistics: list[FeatureStatistics]
     extractor: FeatureExtractor
     belongs_to: dict  # hashes of both checkpoints, and what the reader was trained with
@@ -156,7 +172,7 @@ class Reader:
             FeatureStatistics(part["centre"], part["scale"], PixelStatistics(part["mean"], part["std"])).to(device)
             for part in content["statistics"]
         ]
-        network = ReaderNetwork([part.centre.shape[1] for part in statistics], settings.width, settings.dropout)
+        network = ReaderEnsemble.untrained([part.centre.shape[1] for part in statistics], settings)
         network.load_state_dict(content["weights"])
         network.to(device).requires_grad_(False).eval()
         return cls(network, statistics, FeatureExtractor(settings, device), content["belongs_to"])

@@ -25,7 +25,7 @@ from dataset import exposed_anew
 from features import FeatureExtractor, with_backbone
 from files import load_checkpoint, save_checkpoint, write_json
 from normalizer import Normalizer
-from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderNetwork, cropped, positions
+from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, positions
 from reporting.figures import save_grid
 from runtime import learning_rate, set_learning_rate, stream_seed, training_precision
 from standardization import pixel_statistics
@@ -63,8 +63,8 @@ def train_reader(
     extractor = FeatureExtractor(config.reader, model.device)
     settings = extractor.settings
     print(
-        f"training the reader on {len(images)} normals, {settings.copies} corrupted copies of each, {settings.steps} "
-        f"steps, backbone {settings.backbone}: made once for these checkpoints, kept in {folder}"
+        f"training the reader, {settings.members} network(s), on {len(images)} normals, {settings.copies} corrupted copies "
+        f"of each, {settings.steps} steps, backbone {settings.backbone}: made once for these checkpoints, kept in {folder}"
     )
     save_sheet(images, config, folder / SHEET)
     run = identity | {"precision": precision_of_training(config, model.device)}
@@ -237,12 +237,12 @@ def fit_network(
     identity: dict,
     last: Path,
     device: torch.device | str,
-) -> ReaderNetwork:
-    """The network after reader.steps steps of binary cross-entropy on crops of the pool."""
+) -> ReaderEnsemble:
+    """The networks after reader.steps steps of binary cross-entropy, each on crops of the pool of its own."""
     settings, seed = config.reader, config.runtime.seed
     torch.manual_seed(stream_seed(seed, "reader", "weights"))
     channels = [part.centre.shape[1] for part in statistics]
-    network = ReaderNetwork(channels, settings.width, settings.dropout).to(device).train()
+    network = ReaderEnsemble.untrained(channels, settings).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     begun = 0
     if config.runtime.resume and last.is_file():
@@ -261,22 +261,25 @@ def fit_network(
             set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, settings.steps))
             random = np.random.default_rng(stream_seed(seed, "reader crops", step))
             torch.manual_seed(stream_seed(seed, "reader dropout", step))
-            rows = random.integers(len(pool.changed), size=settings.crops).tolist()
-            crops = [_quarter(coarsest, random) for _ in rows]
-            maps, changed = pool.batch(rows, crops)
-            inputs = [
-                part.standardize(values.to(device), settings.largest_deviation, crops)
-                for part, values in zip(known, maps, strict=True)
-            ]
-            with autocast(config, torch.device(device)):
-                logits = network(inputs, positions(grid, crops, device)).float()
-            loss = F.binary_cross_entropy_with_logits(logits, changed.to(device), pos_weight=weight)
             optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            losses = []
+            for member in network:
+                rows = random.integers(len(pool.changed), size=settings.crops).tolist()
+                crops = [_quarter(coarsest, random) for _ in rows]
+                maps, changed = pool.batch(rows, crops)
+                inputs = [
+                    part.standardize(values.to(device), settings.largest_deviation, crops)
+                    for part, values in zip(known, maps, strict=True)
+                ]
+                with autocast(config, torch.device(device)):
+                    logits = member(inputs, positions(grid, crops, device)).float()
+                loss = F.binary_cross_entropy_with_logits(logits, changed.to(device), pos_weight=weight)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(member.parameters(), 1.0)
+                losses.append(loss.detach())
             optimizer.step()
             if step % 50 == 0:
-                now = float(loss.detach())
+                now = float(torch.stack(losses).mean())
                 running = now if running is None else 0.8 * running + 0.2 * now
                 progress.set_postfix(loss=f"{running:.4f}")
             progress.update()

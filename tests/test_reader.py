@@ -17,7 +17,7 @@ from config import Config, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
 from features import FEATURES, FeatureExtractor
 from image_ops import gaussian_blur
-from reader import FeatureStatistics, Reader, ReaderNetwork, cropped, positions
+from reader import FeatureStatistics, Reader, ReaderEnsemble, ReaderNetwork, cropped, positions
 from reader_training import (
     LAST,
     POOL,
@@ -36,7 +36,8 @@ OWN = ALL[:-1]
 
 
 def config_for(**changes):
-    given = {"features": OWN, "backbone": "none", "steps": 12, "copies": 1, "width": 8, "checkpoint_every": 5}
+    given = {"features": OWN, "backbone": "none", "steps": 12, "copies": 1, "width": 8, "members": 2}
+    given |= {"checkpoint_every": 5}
     inference = InferenceConfig(method="reader", solver="one_step", batch_size=4)
     return Config(inference=inference, reader=ReaderConfig(**given | changes))
 
@@ -212,6 +213,15 @@ def test_a_training_that_was_interrupted_ends_with_the_same_weights(pool, tmp_pa
         torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
 
 
+def test_a_network_learns_the_same_whether_or_not_others_learn_beside_it(pool, tmp_path):
+    alone, both = (
+        fit_network(pool, pool.statistics(config), config, {}, tmp_path / f"{config.reader.members}.pt", "cpu")
+        for config in (config_for(members=1), config_for(members=2))
+    )
+    for name, weight in alone[0].state_dict().items():
+        torch.testing.assert_close(both[0].state_dict()[name], weight, rtol=0, atol=0)
+
+
 @pytest.fixture(scope="module")
 def trained(model, tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("calibration"), config_for(steps=150, fills=("saturate", "noise"), lr=5e-3)
@@ -252,7 +262,7 @@ def test_another_augmentation_or_other_pictures_make_another_reader(model):
 
 def test_thresholds_of_one_reader_are_not_taken_for_another(trained, model):
     _, config, reader = trained
-    other = dataclasses.replace(reader, network=ReaderNetwork([1], 8, 0.0))
+    other = dataclasses.replace(reader, network=ReaderEnsemble([ReaderNetwork([1], 8, 0.0)]))
     assert shaping(model, config, reader) != shaping(model, config, other)
 
 
@@ -315,6 +325,14 @@ def test_the_network_has_no_way_to_see_beyond_its_inputs():
     flat, places = [torch.ones(1, 6, 16, 16)], positions((16, 16), [(0.0, 0.0, 1.0)], "cpu")
     inner = network(flat, places)[0, 0, 4:-4, 4:-4]
     torch.testing.assert_close(inner, inner[:1, :1].expand_as(inner))
+
+
+def test_the_verdict_is_the_mean_of_networks_that_learnt_apart(trained, model):
+    _, _, reader = trained
+    seen, members = seen_by(model), list(reader.network)
+    alone = [dataclasses.replace(reader, network=ReaderEnsemble([member])).logits(seen) for member in reader.network]
+    assert len(members) == 2 and (alone[0] - alone[1]).abs().mean() > 0.01
+    torch.testing.assert_close(reader.logits(seen), (alone[0] + alone[1]) / 2)
 
 
 def test_normals_are_scored_by_the_smoothed_maps_that_new_images_are_scored_by(trained, model):
