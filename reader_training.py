@@ -63,8 +63,8 @@ def train_reader(
     extractor = FeatureExtractor(config.reader, model.device)
     settings = extractor.settings
     print(
-        f"training the reader, {settings.members} network(s), on {len(images)} normals, {settings.copies} corrupted copies "
-        f"of each, {settings.steps} steps, backbone {settings.backbone}: made once for these checkpoints, kept in {folder}"
+        f"training the reader: {settings.members} network(s) of {settings.steps} steps on {len(images)} normals and "
+        f"{settings.copies} corrupted copies of each, backbone {settings.backbone}; made once, kept in {folder}"
     )
     save_sheet(images, config, folder / SHEET)
     run = identity | {"precision": precision_of_training(config, model.device)}
