@@ -60,6 +60,8 @@ class ReaderConfig:
     levels: tuple[float, ...] = (0.1, 0.25, 0.4)  # noise levels at which G is read
     stride: Literal[2, 4, 8] = 4  # pixels of the magnified image per place that gets a verdict
     width: int = 64  # features of the reader's hidden layers
+    # a verdict hears of what lies so many places away (of stride pixels each), and again of what those heard
+    distances: tuple[int, ...] = (1, 2, 4, 8)
     members: int = 3  # networks whose verdicts are averaged: errs less, learns longer
     normals: int = 1_000  # training normals it learns on at most, spread evenly
     copies: int = 4  # corrupted copies of each normal, beside the plain one
@@ -97,6 +99,8 @@ class ReaderConfig:
         inside = len(self.levels) > 0 and all(0 < level < 1 for level in self.levels)
         require(inside, f"reader.levels needs noise levels in (0, 1), got {self.levels}")
         require(len(self.features) > 0, "reader.features needs at least one; features.py names them")
+        near = len(self.distances) > 0 and all(1 <= distance <= 64 for distance in self.distances)
+        require(near, f"reader.distances needs numbers of places from 1 to 64, got {self.distances}")
         counts = ("width", "members", "normals", "copies", "steps", "crops", "checkpoint_every")
         require_ranges("reader", self, counts, 1, 10**7)
         require_positive("reader", self, ("lr", "positive_weight"))

@@ -32,7 +32,7 @@ TABLE = (
     ("flowdiff.phase1_steps",         1_200,                   300),
     ("flowdiff.total_steps",          1_600,                   400),
     ("flowdiff.identity_warmup_start", 1_200,                  260),
-    ("flowdiff.identity_warmup_end",  1_350,                   330),
+    ("flowdiff.identity_warmup_end",  1_350,                   300),
     ("flowdiff.batch_size",           16,                      16),
     ("flowdiff.lr",                   4e-4,                    5e-4),
     ("flowdiff.lr_warmup_steps",      100,                     50),
@@ -50,7 +50,7 @@ TABLE = (
     ("reader.members",                SAME,                    2),
     ("reader.steps",                  3_000,                   2_400),
     ("runtime.device",                "cpu",                   "cpu"),
-    ("runtime.checkpoint_every",      150,                     400),
+    ("runtime.checkpoint_every",      150,                     100),
 )
 # fmt: on
 PRESETS = {"default": "./outputs", "cpu": "./outputs/cpu", "demo": "./outputs/demo"}  # name -> where its files go

@@ -58,26 +58,33 @@ def cropped(maps: Tensor | np.ndarray, crop: Crop) -> Tensor | np.ndarray:
     return maps[..., first : first + round(share * height), across : across + round(share * width)]
 
 
+class Surroundings(nn.Module):
+    """What lies `distance` places away, added to what is known of a place."""
+
+    def __init__(self, width: int, distance: int):
+        super().__init__()
+        self.look = nn.Conv2d(width, width, 3, padding=distance, dilation=distance)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.look(F.gelu(hidden))
+
+
 class ReaderNetwork(nn.Module):
     """Feature maps of several resolutions to one logit per place.
 
+    A verdict hears of as many places to every side as the distances sum up to: whether a place belongs is a matter of
+    what lies around it.
     Each map is brought to the hidden width where it is coarse and then enlarged, which is the same as the other way
     round, for a fraction of the work.
     """
 
-    def __init__(self, channels: list[int], width: int, dropout: float):
+    def __init__(self, channels: list[int], width: int, distances: tuple[int, ...], dropout: float):
         super().__init__()
         self.drop = nn.Dropout2d(dropout)
         self.enter = nn.ModuleList([nn.Conv2d(2 * count, width, 1) for count in channels])
         self.place = nn.Conv2d(2, width, 1)
-        self.body = nn.Sequential(
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=1),
-            nn.GELU(),
-            nn.Conv2d(width, width, 3, padding=2, dilation=2),
-            nn.GELU(),
-            nn.Conv2d(width, 1, 1),
-        )
+        around = [Surroundings(width, distance) for distance in distances]
+        self.body = nn.Sequential(*around, nn.GELU(), nn.Conv2d(width, 1, 1))
         nn.init.constant_(self.body[-1].bias, -3.0)  # few places are foreign
 
     def forward(self, features: list[Tensor], places: Tensor) -> Tensor:
@@ -104,7 +111,8 @@ class ReaderEnsemble(nn.ModuleList):
     @classmethod
     def untrained(cls, channels: list[int], settings: ReaderConfig) -> "ReaderEnsemble":
         """For feature maps of these channels; the weights of all members follow from torch's seed."""
-        members = cls(ReaderNetwork(channels, settings.width, settings.dropout) for _ in range(settings.members))
+        shape = channels, settings.width, settings.distances, settings.dropout
+        members = cls(ReaderNetwork(*shape) for _ in range(settings.members))
         return members.to(memory_format=torch.channels_last)  # a step takes 32 ms of a core instead of 57
 
     def forward(self, features: list[Tensor], places: Tensor) -> Tensor:

@@ -68,6 +68,9 @@ OURS: dict[str, tuple[str, ...]] = {
     "reader: without the image": without("features", "image"),
     "reader: without inner features of G": without("features", "trunk"),
     "reader: its map alone": DEAF,
+    # how it reads
+    "reader: one network": ("--reader.members", "1"),
+    "reader: one network of near surroundings": ("--reader.members", "1", "--reader.distances", "1", "2"),
     # what it learns from
     "reader: without offset and shade": without("fills", "offset", "shade"),
     "reader: without level and saturate": without("fills", "level", "saturate"),

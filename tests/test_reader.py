@@ -262,7 +262,7 @@ def test_another_augmentation_or_other_pictures_make_another_reader(model):
 
 def test_thresholds_of_one_reader_are_not_taken_for_another(trained, model):
     _, config, reader = trained
-    other = dataclasses.replace(reader, network=ReaderEnsemble([ReaderNetwork([1], 8, 0.0)]))
+    other = dataclasses.replace(reader, network=ReaderEnsemble([ReaderNetwork([1], 8, (1,), 0.0)]))
     assert shaping(model, config, reader) != shaping(model, config, other)
 
 
@@ -318,12 +318,20 @@ def test_a_score_that_is_not_a_number_passes_for_nothing(trained, model):
         known.scores_of(seen_by(model), torch.full((2, 1, 128, 128), torch.nan), config)
 
 
+def test_a_verdict_hears_of_fifteen_places_to_every_side_and_no_further():
+    network = ReaderNetwork([3], 8, (1, 2, 4, 8), 0.0).eval()
+    inputs = torch.randn(1, 6, 64, 64, requires_grad=True)
+    network([inputs], positions((64, 64), [(0.0, 0.0, 1.0)], "cpu"))[0, 0, 32, 32].backward()
+    rows, columns = inputs.grad[0].abs().amax(0).nonzero().unbind(1)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (17, 47, 17, 47)
+
+
 def test_the_network_has_no_way_to_see_beyond_its_inputs():
     """The same features at another place give another logit only through the position."""
-    network = ReaderNetwork([3], 8, 0.0).eval()
+    network = ReaderNetwork([3], 8, (1, 2, 4, 8), 0.0).eval()
     nn.init.zeros_(network.place.weight)
-    flat, places = [torch.ones(1, 6, 16, 16)], positions((16, 16), [(0.0, 0.0, 1.0)], "cpu")
-    inner = network(flat, places)[0, 0, 4:-4, 4:-4]
+    flat, places = [torch.ones(1, 6, 40, 40)], positions((40, 40), [(0.0, 0.0, 1.0)], "cpu")
+    inner = network(flat, places)[0, 0, 16:-16, 16:-16]
     torch.testing.assert_close(inner, inner[:1, :1].expand_as(inner))
 
 
