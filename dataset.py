@@ -53,7 +53,7 @@ def read_sample(record: Record, config: DataConfig, times: int = 1) -> Sample:
         mask = read_mask(record.mask)
         if mask.shape != shape:
             raise ImageReadError(record.mask, f"the mask has {mask.shape} pixels, its radiograph {shape}")
-        mask = fit_mask(mask, times * height, times * width, fit)
+        mask = fit_mask(mask, height, width, fit, times)
     digest = hashlib.sha256(repr(shape).encode() + radiograph.pixels.tobytes()).hexdigest()
     return Sample(fit_detail(x, height, width, fit, times), mask, shape, digest)
 

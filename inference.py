@@ -174,7 +174,7 @@ def keep(findings: Findings, record: Record, score: float, anomaly_map: np.ndarr
 
 def save_map(path: Path, anomaly_map: np.ndarray, sample: Sample, config: Config) -> None:
     """The map (H, W) as float32 .npy at the size of the original image."""
-    full = unfit_map(anomaly_map, sample.original_shape, config.data.fit)
+    full = unfit_map(anomaly_map, sample.original_shape, config.data.fit, magnification_of(config))
     write_binary(path, lambda file: np.save(file, full))
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from checks import UsageError
 from config import rebuild_phase
 from config_reading import ReaderConfig
 from features import FeatureExtractor
@@ -179,15 +180,19 @@ class Reader:
 
     @classmethod
     def rebuild(cls, content: dict, device: torch.device | str = "cpu") -> "Reader":
-        """From what `stored_reader` read."""
-        settings = rebuild_phase(ReaderConfig, content["settings"])
-        statistics = [
-            FeatureStatistics(part["centre"], part["scale"], PixelStatistics(part["mean"], part["std"])).to(device)
-            for part in content["statistics"]
-        ]
-        network = ReaderEnsemble.untrained([part.centre.shape[1] for part in statistics], settings)
-        network.load_state_dict(content["weights"])
+        """From what `stored_reader` read; UsageError if another version wrote it."""
+        try:
+            settings = rebuild_phase(ReaderConfig, content["settings"])
+            statistics = [
+                FeatureStatistics(part["centre"], part["scale"], PixelStatistics(part["mean"], part["std"]))
+                for part in content["statistics"]
+            ]
+            network = ReaderEnsemble.untrained([part.centre.shape[1] for part in statistics], settings)
+            network.load_state_dict(content["weights"])
+        except (KeyError, TypeError, RuntimeError) as error:  # the right kind of file, and another version's
+            raise UsageError("the reader is of another version or damaged: remove it, it is trained anew") from error
         network.to(device).requires_grad_(False).eval()
+        statistics = [part.to(device) for part in statistics]
         return cls(network, statistics, FeatureExtractor(settings, device), content["belongs_to"])
 
 

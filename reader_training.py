@@ -32,7 +32,7 @@ from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
 READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight", "residual_weight")
-RECIPE = 5  # raise it when code changes what a reader learns from
+RECIPE = 5  # raise it when code or a default changes what a reader learns from, or how it reads
 # in the calibration's folder
 READER, LAST, POOL, SHEET = "reader.pt", "reader_last.pt", "reader_pool", "corruptions.png"
 

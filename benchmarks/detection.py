@@ -39,6 +39,7 @@ from config import Config
 from config_reading import ReaderConfig
 from files import sha256, write_atomically, write_json
 from radiographs.manifest import list_records, split_records
+from reader_training import RECIPE
 from runtime import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +173,8 @@ def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
         raise UsageError(f"{options.data.name} has no manifest.csv: a comparison needs splits and labels")
     named = [Path(word).name if "/" in word else word for word in flags]
     asked = {"manifest_sha256": sha256(manifest), "flags": named}
+    if row.startswith("reader"):
+        asked["reader_recipe"] = RECIPE  # what no flag says: how today's code makes a reader
     if row in OURS and options.networks:
         trained = options.networks / "phase3_flowdiff/checkpoint_best.pt"
         if not trained.is_file():

@@ -26,41 +26,51 @@ def fit_detail(x: np.ndarray, height: int, width: int, fit: str, times: int) -> 
     if times == 1:
         return fitted
     means = fitted[:, None, :, None]
-    cells = fit_image(x, times * height, times * width, fit).reshape(height, times, width, times)
+    top, left, rows, columns = _content_box(x.shape, height, width, fit, times)
+    cells = np.full((times * height, times * width), -1, np.float32)
+    cells[top : top + rows, left : left + columns] = _resize(x, rows, columns)
+    cells = cells.reshape(height, times, width, times)
     apart = cells - cells.mean(axis=(1, 3), keepdims=True)
     highest, lowest = (end(apart, axis=(1, 3), keepdims=True) for end in (np.max, np.min))
     room = np.minimum((1 - means) / np.maximum(highest, 1e-6), (1 + means) / np.maximum(-lowest, 1e-6))
     return np.clip(means + np.clip(room, 0, 1) * apart, -1, 1).reshape(times * height, times * width)
 
 
-def fit_mask(mask: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
-    """Bring a mask, bool (H, W), to the size of the model by maximum -> bool (height, width).
+def fit_mask(mask: np.ndarray, height: int, width: int, fit: str, times: int = 1) -> np.ndarray:
+    """Bring a mask, bool (H, W), to `times` the model's size by maximum -> bool (times height, times width).
 
     Every marked pixel stays visible, however small the lesion; what "pad" adds is unmarked.
     """
-    top, left, rows, columns = _content_box(mask.shape, height, width, fit)
-    fitted = np.zeros((height, width), bool)
+    top, left, rows, columns = _content_box(mask.shape, height, width, fit, times)
+    fitted = np.zeros((times * height, times * width), bool)
     fitted[top : top + rows, left : left + columns] = _max_resize(_max_resize(mask, rows, axis=0), columns, axis=1)
     return fitted
 
 
-def unfit_map(anomaly_map: np.ndarray, original_shape: tuple[int, int], fit: str) -> np.ndarray:
-    """Bring an anomaly map, (height, width) in any unit, back to its radiograph -> float32 original_shape = (H, W).
+def unfit_map(anomaly_map: np.ndarray, original_shape: tuple[int, int], fit: str, times: int = 1) -> np.ndarray:
+    """Bring a map in any unit, (times height, times width), back to its radiograph -> float32 original_shape = (H, W).
 
     The border that "pad" added is cut off. Values are interpolated, or averaged where the file is smaller.
     """
-    top, left, rows, columns = _content_box(original_shape, *anomaly_map.shape, fit)
+    height, width = (size // times for size in anomaly_map.shape)
+    top, left, rows, columns = _content_box(original_shape, height, width, fit, times)
     return _resize(anomaly_map[top : top + rows, left : left + columns], *original_shape)
 
 
-def _content_box(original_shape: tuple[int, int], height: int, width: int, fit: str) -> tuple[int, int, int, int]:
-    """Where a radiograph of original_shape = (H, W) lies in the (height, width) frame -> top, left, rows, columns."""
+def _content_box(
+    original_shape: tuple[int, int], height: int, width: int, fit: str, times: int = 1
+) -> tuple[int, int, int, int]:
+    """Where a radiograph of original_shape = (H, W) lies in the frame, `times` enlarged -> top, left, rows, columns.
+
+    Rounded at the size of the model, so that an enlargement covers the very pixels that it enlarges.
+    """
     if fit == "stretch":
-        return 0, 0, height, width
+        return 0, 0, times * height, times * width
     scale = min(height / original_shape[0], width / original_shape[1])
     rows = min(height, max(1, round(original_shape[0] * scale)))
     columns = min(width, max(1, round(original_shape[1] * scale)))
-    return (height - rows) // 2, (width - columns) // 2, rows, columns
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return times * top, times * left, times * rows, times * columns
 
 
 def _resize(x: np.ndarray, rows: int, columns: int) -> np.ndarray:

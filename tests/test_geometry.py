@@ -40,6 +40,15 @@ def test_the_means_of_an_enlarged_radiograph_are_the_radiograph_as_g_knows_it(sh
     np.testing.assert_allclose(means, fit_image(x, 64, 96, fit), atol=1e-5)
 
 
+@pytest.mark.parametrize("times", [2, 3])
+@pytest.mark.parametrize("shape", [(625, 1280), (628, 1280), (1991, 1127)])
+def test_what_pad_adds_is_as_large_in_image_mask_and_map_and_nothing_lies_on_its_border(shape, times):
+    detail = fit_detail(np.zeros(shape, np.float32), 64, 96, "pad", times)
+    assert set(np.unique(detail)) == {-1, 0}
+    np.testing.assert_array_equal(fit_mask(np.ones(shape, bool), 64, 96, "pad", times), detail == 0)
+    np.testing.assert_array_equal(unfit_map(detail, shape, "pad", times), np.zeros(shape, np.float32))
+
+
 def test_a_file_of_the_enlarged_size_is_enlarged_by_nothing():
     x = np.random.default_rng(0).uniform(-1, 1, (128, 192)).astype(np.float32)
     np.testing.assert_allclose(fit_detail(x, 64, 96, "stretch", 2), x, atol=1e-6)

@@ -17,12 +17,13 @@ from config import Config, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
 from features import FEATURES, FeatureExtractor
 from image_ops import gaussian_blur
-from reader import FeatureStatistics, Reader, ReaderEnsemble, ReaderNetwork, cropped, positions
+from reader import FeatureStatistics, Reader, ReaderEnsemble, ReaderNetwork, cropped, positions, stored_reader
 from reader_training import (
     LAST,
     POOL,
     READER,
     SHEET,
+    Pool,
     fit_network,
     make_pool,
     reader_identity,
@@ -203,12 +204,15 @@ def test_half_of_the_copies_keep_the_exposure_of_their_normal():
 # ---------------------------------------------------------------- training
 
 
-def test_a_training_that_was_interrupted_ends_with_the_same_weights(pool, tmp_path):
+def test_a_training_that_was_interrupted_ends_with_the_same_weights(pool, tmp_path, monkeypatch):
     config, last = config_for(), tmp_path / LAST
     known = pool.statistics(config)
     whole = fit_network(pool, known, config, {}, last, "cpu")
     assert last.is_file()  # after step 10 of 12
+    taken, batch = [], Pool.batch
+    monkeypatch.setattr(Pool, "batch", lambda self, *given: taken.append(1) or batch(self, *given))
     resumed = fit_network(pool, known, config, {}, last, "cpu")
+    assert len(taken) == 2 * config.reader.members  # steps 11 and 12
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
 
@@ -222,6 +226,21 @@ def test_a_network_learns_the_same_whether_or_not_others_learn_beside_it(pool, t
         torch.testing.assert_close(both[0].state_dict()[name], weight, rtol=0, atol=0)
 
 
+def test_each_network_begins_elsewhere_sees_other_crops_and_has_its_own_limit_of_steps(pool, tmp_path, monkeypatch):
+    asked, clipped, batch, clip = [], [], Pool.batch, nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        Pool, "batch", lambda self, rows, crops: asked.append((rows, crops)) or batch(self, rows, crops)
+    )
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda weights, most: clipped.append(len(list(weights))) or clip([], most)
+    )
+    config = config_for(steps=1, lr_warmup_steps=0, lr=1e-12)
+    first, second = fit_network(pool, pool.statistics(config), config, {}, tmp_path / LAST, "cpu")
+    assert len(asked) == 2 and asked[0] != asked[1]
+    assert clipped == [len(list(first.parameters()))] * 2
+    assert not torch.allclose(first.place.weight, second.place.weight)
+
+
 @pytest.fixture(scope="module")
 def trained(model, tmp_path_factory):
     folder, config = tmp_path_factory.mktemp("calibration"), config_for(steps=150, fills=("saturate", "noise"), lr=5e-3)
@@ -229,13 +248,16 @@ def trained(model, tmp_path_factory):
 
 
 def test_the_reader_finds_what_does_not_belong(trained, model):
+    """Each of its networks does."""
     _, config, reader = trained
     image = normals(7)[6].copy()
     image[40:60, 70:90] = 1.0
-    logits = reader.logits(model.examine(torch.from_numpy(image)[None, None], 2))[0, 0].numpy()
     inside = np.zeros(image.shape, bool)
     inside[40:60, 70:90] = True
-    assert logits.shape == image.shape and np.median(logits[inside]) > np.quantile(logits[~inside], 0.95)
+    for network in (reader.network, *(ReaderEnsemble([member]) for member in reader.network)):
+        alone = dataclasses.replace(reader, network=network)
+        logits = alone.logits(model.examine(torch.from_numpy(image)[None, None], 2))[0, 0].numpy()
+        assert logits.shape == image.shape and np.median(logits[inside]) > np.quantile(logits[~inside], 0.95)
 
 
 def test_a_saved_reader_reads_the_same_and_leaves_no_scratch_behind(trained, model):
@@ -246,7 +268,10 @@ def test_a_saved_reader_reads_the_same_and_leaves_no_scratch_behind(trained, mod
     assert again.belongs_to == reader.belongs_to and again.settings == reader.settings
 
 
-@pytest.mark.parametrize("change", [{"steps": 13}, {"levels": (0.2,)}, {"fills": ("level",)}, {"copies": 2}])
+@pytest.mark.parametrize(
+    "change",
+    [{"steps": 13}, {"levels": (0.2,)}, {"fills": ("level",)}, {"copies": 2}, {"members": 3}, {"distances": (1,)}],
+)
 def test_another_setting_is_another_reader(model, change):
     assert reader_identity(model, config_for(), "p") != reader_identity(model, config_for(**change), "p")
 
@@ -264,6 +289,12 @@ def test_thresholds_of_one_reader_are_not_taken_for_another(trained, model):
     _, config, reader = trained
     other = dataclasses.replace(reader, network=ReaderEnsemble([ReaderNetwork([1], 8, (1,), 0.0)]))
     assert shaping(model, config, reader) != shaping(model, config, other)
+
+
+def test_a_reader_of_another_shape_than_its_settings_say_is_told_as_such(trained):
+    content = stored_reader(trained[0] / READER)
+    with pytest.raises(UsageError, match="of another version"):
+        Reader.rebuild(content | {"settings": content["settings"] | {"members": 1, "width": 4}})
 
 
 def test_a_damaged_reader_names_the_file_to_remove(trained, tmp_path):
