@@ -50,7 +50,7 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class ReaderConfig:
-    """Phase 4, method reader: a small network that learns on corrupted normals how a foreign place looks."""
+    """Phase 4, method reader: small networks that learn on corrupted normals how a foreign place looks."""
 
     # the reader sees the radiograph at this many times the model's size: small lesions need more pixels than G
     magnification: int = 2
@@ -66,7 +66,7 @@ class ReaderConfig:
     normals: int = 1_000  # training normals it learns on at most, spread evenly
     copies: int = 4  # corrupted copies of each normal, beside the plain one
     steps: int = 20_000  # optimizer steps
-    crops: int = 4  # per step, each a quarter of an image
+    crops: int = 4  # per step and member, each a quarter of an image
     lr: float = 1e-3  # AdamW learning rate after warm-up
     lr_warmup_steps: int = 50  # linear warm-up, then cosine to a tenth of lr
     weight_decay: float = 0.01  # AdamW weight decay

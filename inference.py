@@ -10,7 +10,7 @@ Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at t
         outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
         every later examination
 
-method reader       map = how foreign a small network finds each place, in standard deviations of validation normals
+method reader       map = how foreign small networks find each place, in standard deviations of validation normals
 
 method plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| + gamma_hf |Laplacian x - Laplacian G(x)|
 

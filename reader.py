@@ -1,8 +1,9 @@
 """The learned reading of what G changed: how likely a place looks as if it did not belong.
 
-A small network reads features of the image, of the autoencoder and of G (`features.py`), each as it is and as a
-deviation from what training normals show at that place. It learns on corrupted normals (`reader_training.py`), as in
-DRAEM (Zavrtanik et al. 2021); what it reads is a generative normalizer.
+Small networks read features of the image, of the autoencoder and of G (`features.py`), each as it is and as a
+deviation from what training normals show at that place. They learn on corrupted normals (`reader_training.py`), as in
+DRAEM (Zavrtanik et al. 2021); what they read is a generative normalizer. detail comes from dataset.read_sample, or from
+radiographs.geometry.fit_detail.
 
     reader = Reader.load("outputs/calibration/reader.pt")
     logits = reader.logits(G.examine(detail, reader.settings.magnification))     (B, 1, k H, k W)

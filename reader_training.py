@@ -1,6 +1,6 @@
 """How the reader learns: on corrupted training normals, whose features are kept on disk while it trains.
 
-First a pool of features is made, of every normal and of corrupted copies, then the network is trained on crops of it.
+First a pool of features is made, of every normal and of corrupted copies, then the networks are trained on crops of it.
 Both go on where they were killed; the pool is removed when the reader is saved.
 """
 
