@@ -47,8 +47,8 @@ TABLE = (
     ("calibration.blurs",             SAME,                    (0.008, 0.016, 0.032)),
     ("calibration.alignment",         SAME,                    0.024),
     ("reader.copies",                 2,                       2),
-    ("reader.members",                SAME,                    2),
-    ("reader.steps",                  3_000,                   2_400),
+    ("reader.members",                SAME,                    1),
+    ("reader.steps",                  3_000,                   2_700),
     ("runtime.device",                "cpu",                   "cpu"),
     ("runtime.checkpoint_every",      150,                     100),
 )
