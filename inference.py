@@ -16,8 +16,8 @@ method plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| +
 
 method statistical  map = many views of what G changed, in standard deviations of validation normals, fused
 
-score = mean of the top_share highest values of the map; for reader, that of its map, half that of the plain one and
-        half that of |x - dec(enc(x))|, each in standard deviations of validation normals
+score = mean of the top_share highest values of the map; for reader, that of its map, plain_weight of that of the plain
+        one and residual_weight of that of |x - dec(enc(x))|, each in standard deviations of validation normals
 
 The reader learns on corrupted training normals. Thresholds, p-values and colour scales come from the validation normals
 alone: at most image_fpr of their scores and pixel_fpr of their pixels lie above. No score depends on another test
