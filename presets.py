@@ -49,7 +49,6 @@ TABLE = (
     ("reader.copies",                 2,                       2),
     ("reader.members",                SAME,                    1),
     ("reader.steps",                  3_000,                   2_700),
-    ("reader.residual_weight",        SAME,                    1.0),
     ("runtime.device",                "cpu",                   "cpu"),
     ("runtime.checkpoint_every",      150,                     100),
 )
