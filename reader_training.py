@@ -71,6 +71,11 @@ def train_reader(
     pool = make_pool(model, extractor, images, config, run, folder / POOL)
     statistics = pool.statistics(config)
     network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
+    if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
+        (folder / LAST).unlink(missing_ok=True)  # the same command shall not go on from it
+        raise UsageError(
+            f"the reader diverged: lower reader.lr, which is {settings.lr:g}, or raise reader.lr_warmup_steps"
+        )
     on_device = [part.to(model.device) for part in statistics]
     reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, identity)
     reader.save(folder / READER)

@@ -297,6 +297,13 @@ def test_a_reader_of_another_shape_than_its_settings_say_is_told_as_such(trained
         Reader.rebuild(content | {"settings": content["settings"] | {"members": 1, "width": 4}})
 
 
+def test_a_reader_that_diverged_is_not_kept(model, tmp_path):
+    config = config_for(lr=1e30, lr_warmup_steps=0)
+    with pytest.raises(UsageError, match="the reader diverged: lower reader.lr, which is 1e.30"):
+        train_reader(model, normals(), "pictures", config, tmp_path)
+    assert not {READER, LAST} & {path.name for path in tmp_path.iterdir()}
+
+
 def test_a_damaged_reader_names_the_file_to_remove(trained, tmp_path):
     (tmp_path / READER).write_bytes(b"reader")
     with pytest.raises(UsageError, match="run python inference.py after removing reader.pt"):
