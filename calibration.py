@@ -33,7 +33,7 @@ from normalizer import Examined, Normalizer
 from reader import Reader
 from standardization import NormalViews, PixelStatistics, features
 
-FORMAT = 3  # of METHOD.json; another is made anew
+FORMAT = 4  # of METHOD.json; another is made anew
 CALM = 0.008  # blur of a map beside the reader's, a share of the height, before its highest values are taken
 FEW_NORMALS = 20  # below, each left-out normal moves the statistics of the others
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
@@ -56,6 +56,7 @@ class Calibration:
     reader: Reader | None = None
     score_fusion: ScoreFusion | None = None  # of the reader's map and of those beside it
     beside_statistics: PixelStatistics | None = None  # of the maps that a score hears beside the reader's
+    file_sizes: list[list[int]] | None = None  # rows and columns of the smallest and of the largest normal's file
 
     def scores_of(self, seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
         """The score (B,) of each image of a batch whose final maps (B, 1, H, W) are these."""
@@ -71,6 +72,14 @@ class Calibration:
     def score_threshold(self, image_fpr: float) -> float:
         """The score that at most this share of the validation normals exceeds."""
         return threshold_from_normals(self.scores, image_fpr)
+
+    def coarser(self, shape: tuple[int, int], config: Config) -> bool:
+        """Whether a file of this shape shows less of what the method looks at than any validation normal's.
+
+        One that shows more is looked at no closer than they are (`finest` of radiographs.geometry.fit_detail).
+        """
+        wanted = (magnification_of(config) * size for size in (config.data.height, config.data.width))
+        return any(own < min(known, most) for own, known, most in zip(shape, self.file_sizes[0], wanted, strict=True))
 
     def p_value(self, score: float) -> float:
         """Share of normals, the examined one counted in, that score as high.
@@ -103,7 +112,7 @@ class Calibration:
         path, description = _paths(folder, self.method)
         description.unlink(missing_ok=True)  # removed first, written last: nobody takes new arrays for the old ones
         write_binary(path, lambda file: np.savez(file, **arrays))
-        named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error")
+        named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error", "file_sizes")
         content = {name: getattr(self, name) for name in named}
         views = {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}
         views["score_fusion"] = asdict(self.score_fusion) if self.score_fusion else None

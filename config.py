@@ -205,7 +205,9 @@ class FlowDiffTrainingConfig:
         counts = ("total_steps", "batch_size", "validate_every", "sample_every", "log_every", "identity_steps")
         require_ranges("flowdiff", self, counts, 1)
         require(0 <= self.ema_decay < 1, f"flowdiff.ema_decay must lie in [0, 1), got {self.ema_decay}")
-        require(1 <= self.phase1_steps <= self.total_steps, "flowdiff.phase1_steps must lie between 1 and total_steps")
+        inside = 1 <= self.phase1_steps <= self.total_steps
+        shown = f"got {self.phase1_steps} and {self.total_steps}"
+        require(inside, f"flowdiff.phase1_steps must lie between 1 and total_steps, {shown}")
         ordered = 0 <= self.identity_warmup_start <= self.identity_warmup_end
         require(ordered, "flowdiff.identity_warmup_start must not lie after identity_warmup_end")
         ends = self.lambda_id_global == 0 or self.identity_warmup_end <= self.total_steps

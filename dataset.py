@@ -37,8 +37,8 @@ class Sample(NamedTuple):
     digest: str  # of the file's grey levels: the same picture in another format or under another name has the same
 
 
-def read_sample(record: Record, config: DataConfig, times: int = 1) -> Sample:
-    """Read, rescale and fit one radiograph and its mask to `times` the size of the model.
+def read_sample(record: Record, config: DataConfig, times: int = 1, finest: tuple[int, int] | None = None) -> Sample:
+    """Read, rescale and fit one radiograph and its mask to `times` the size of the model, no finer than `finest`.
 
     ImageReadError if either cannot be used.
     """
@@ -55,7 +55,7 @@ def read_sample(record: Record, config: DataConfig, times: int = 1) -> Sample:
             raise ImageReadError(record.mask, f"the mask has {mask.shape} pixels, its radiograph {shape}")
         mask = fit_mask(mask, height, width, fit, times)
     digest = hashlib.sha256(repr(shape).encode() + radiograph.pixels.tobytes()).hexdigest()
-    return Sample(fit_detail(x, height, width, fit, times), mask, shape, digest)
+    return Sample(fit_detail(x, height, width, fit, times, finest), mask, shape, digest)
 
 
 def open_datasets(
@@ -106,10 +106,12 @@ def open_normals(config: DataConfig, seed: int, report: Path, quiet: bool = Fals
     return open_datasets(normals, config, seed, report, quiet)
 
 
-def attempt_sample(record: Record, config: DataConfig, times: int = 1) -> Sample | ImageReadError:
+def attempt_sample(
+    record: Record, config: DataConfig, times: int = 1, finest: tuple[int, int] | None = None
+) -> Sample | ImageReadError:
     """The radiograph, or why it cannot be used."""
     try:
-        return read_sample(record, config, times)
+        return read_sample(record, config, times, finest)
     except ImageReadError as error:
         return error
 
@@ -135,16 +137,22 @@ def refuse_too_many_bad(bad: int, total: int, config: DataConfig, report: Path, 
 
 
 def read_batches(
-    records: list[Record], config: DataConfig, batch_size: int, errors: list[ImageReadError], times: int = 1
+    records: list[Record],
+    config: DataConfig,
+    batch_size: int,
+    errors: list[ImageReadError],
+    times: int = 1,
+    finest: tuple[int, int] | None = None,
 ) -> Iterator[list[tuple[int, Sample]]]:
-    """Batches of (position in records, sample), `times` as large as the model, in order, read one batch ahead.
+    """Batches of (position in records, sample as `read_sample` makes it), in order, read by threads one batch ahead.
 
     What cannot be read goes to `errors`; a batch of which nothing can be read is left out. Any other exception ends it.
     """
     pool = ThreadPoolExecutor(max(1, config.num_workers))
 
     def begin(start: int) -> list[Future]:
-        return [pool.submit(attempt_sample, record, config, times) for record in records[start : start + batch_size]]
+        batch = records[start : start + batch_size]
+        return [pool.submit(attempt_sample, record, config, times, finest) for record in batch]
 
     try:
         ahead = begin(0)

@@ -1,7 +1,9 @@
 """Whom phase 4 examines, and the normals it compares them with: refused, read, or learnt from once and kept."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from files import hold
 from normalizer import Normalizer
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from reader import Reader, stored_reader
-from reader_training import READER, reader_identity, remove_scratch, train_reader
+from reader_training import READER, reader_identity, train_reader
 from runtime import start
 
 
@@ -86,8 +88,8 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
         return known
     if known is not None:
         print(f"the calibration in {folder} belongs to other checkpoints or settings: made anew")
-    images, _ = read_normals(model, config, "val")
-    made = calibrate(model, images, config, reader)
+    normals = read_normals(model, config, "val")
+    made = replace(calibrate(model, normals.images, config, reader), file_sizes=normals.file_sizes)
     made.save(folder)
     return made
 
@@ -110,28 +112,35 @@ def reader_of(model: Normalizer, config: Config) -> Reader:
     if path.is_file():
         stored = stored_reader(path)
         if stored["belongs_to"] == reader_identity(model, config, stored["belongs_to"].get("pictures", "")):
-            remove_scratch(folder)
             print(f"reader read from {path}")
             return Reader.rebuild(stored, model.device)
         refuse_to_lose_the_backbone(stored, config, folder)
         print(f"the reader in {folder} belongs to other checkpoints or settings: trained anew")
-    images, pictures = read_normals(model, config, "train")
+    normals = read_normals(model, config, "train")
     with hold(folder, "reader"):
-        return train_reader(model, images, pictures, config, folder)
+        return train_reader(model, normals.images, normals.pictures, config, folder)
 
 
-def read_normals(model: Normalizer, config: Config, split: str) -> tuple[np.ndarray, str]:
-    """The normals of a split as the method looks at them, (N, k H, k W), and a hash of what they show.
+class Normals(NamedTuple):
+    """The normals of a split."""
+
+    images: np.ndarray  # float32 (N, k H, k W), as the method looks at them
+    pictures: str  # a hash of what they show
+    file_sizes: list[list[int]]  # rows and columns of the smallest and of the largest file, each on its own
+
+
+def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
+    """The normals of a split.
 
     Of split train those that trained the networks, of split val those that did not: a file that came later may be
     anybody's. UsageError if none is left or too many are unreadable.
     """
     training = split == "train"
     records = split_records(list_records(config.data.root, config.data.patient_from), config.data)[split]
-    if config.inference.method == "reader" and len(records) > config.reader.normals:
+    if training and len(records) > config.reader.normals:
         chosen = np.linspace(0, len(records) - 1, config.reader.normals).round().astype(int)
         records = [records[index] for index in chosen]
-    images, digests, errors, left_out = [], [], [], 0
+    images, digests, shapes, errors, left_out = [], [], [], [], 0
     times = magnification_of(config)
     for batch in read_batches(records, config.data, config.inference.batch_size, errors, times):
         for index, sample in batch:
@@ -140,6 +149,7 @@ def read_normals(model: Normalizer, config: Config, split: str) -> tuple[np.ndar
                 left_out += 1
             else:
                 images.append(sample.image)
+                shapes.append(sample.original_shape)
                 digests.append(sample.digest)
     report = Path(config.inference.calibration) / ("skipped_training_files.csv" if training else "skipped_files.csv")
     report_skipped(errors, len(records), report)
@@ -158,4 +168,5 @@ def read_normals(model: Normalizer, config: Config, split: str) -> tuple[np.ndar
             f"{config.data.root} has no radiograph that trained the networks, and the reader learns on them: point "
             "data.root at the normals of phase 1, or use --inference.method plain"
         )
-    return np.stack(images), hashlib.sha256("".join(digests).encode()).hexdigest()
+    pictures = hashlib.sha256("".join(digests).encode()).hexdigest()
+    return Normals(np.stack(images), pictures, [np.min(shapes, axis=0).tolist(), np.max(shapes, axis=0).tolist()])

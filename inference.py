@@ -66,6 +66,7 @@ class Findings:
     scores: list[float] = field(default_factory=list)
     maps: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray | None] = field(default_factory=list)
+    coarser: int = 0  # files that show less than those of the validation normals
     best: tuple[float, str] = (-inf, "")  # the highest score, and the figure that shows it
 
 
@@ -81,11 +82,12 @@ def main() -> None:
     fresh = begin(out, config)
     names, findings, errors = Pseudonyms(out), Findings(), []
     threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
-    drawn = figures_to_draw(records, settings.figures)
+    drawn, times = figures_to_draw(records, settings.figures), magnification_of(config)
+    finest = tuple(calibration.file_sizes[1])
     with tqdm(total=len(records), desc="phase 4", unit="image") as progress:
-        for batch in read_batches(records, config.data, settings.batch_size, errors, magnification_of(config)):
+        for batch in read_batches(records, config.data, settings.batch_size, errors, times, finest):
             images = torch.stack([torch.from_numpy(sample.image) for _, sample in batch]).unsqueeze(1)
-            seen = model.examine(images, magnification_of(config))
+            seen = model.examine(images, times)
             maps = calibration.anomaly_map(seen, config)
             scores = calibration.scores_of(seen, maps, config).tolist()
             for position, (index, sample) in enumerate(batch):
@@ -96,6 +98,7 @@ def main() -> None:
                 label = "" if record.label is None else record.label
                 findings.rows.append([*row, int(score > threshold), label, record.kind])
                 keep(findings, record, score, anomaly_map, sample)
+                findings.coarser += calibration.coarser(sample.original_shape, config)
                 if settings.save_maps:
                     save_map(fresh / "maps" / f"{index:03d}.npy", anomaly_map, sample, config)
                 if index in drawn:
@@ -223,6 +226,11 @@ def report(findings: Findings, skipped: int, calibration: Calibration, metrics: 
     low, high = false_positive_interval(normals, settings.image_fpr)
     flagged = sum(row[4] for row in findings.rows)
     print(f"\n{len(findings.rows)} images examined, {skipped} skipped, {flagged} flagged at score > {threshold:.4f}")
+    if findings.coarser:
+        print(
+            f"{findings.coarser} of {len(findings.rows)} files have fewer pixels than any validation normal: "
+            "thresholds and p-values do not hold for them"
+        )
     print(
         f"threshold from {normals} validation normals at a false-positive rate of {settings.image_fpr:.0%}: on new "
         f"normals expect {low:.1%} to {high:.1%} (95 % interval), or somewhat more, since the same normals chose the "

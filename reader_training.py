@@ -251,11 +251,15 @@ def fit_network(
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     begun = 0
     if config.runtime.resume and last.is_file():
-        stored = load_checkpoint(last, "reader training", "python inference.py --runtime.resume False")
-        if stored["identity"] == identity:
-            network.load_state_dict(stored["weights"])
-            optimizer.load_state_dict(stored["optimizer"])
-            begun = stored["step"]
+        remedy = "python inference.py --runtime.resume False"
+        stored = load_checkpoint(last, "reader training", remedy)
+        try:
+            if stored["identity"] == identity:
+                network.load_state_dict(stored["weights"])
+                optimizer.load_state_dict(stored["optimizer"])
+                begun = stored["step"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{last} is damaged: run {remedy}") from error
     known = [part.to(device) for part in statistics]
     grid = tuple(pool.changed.shape[1:])
     coarsest = min((part.shape[2:] for part in pool.features), key=lambda size: size[0])

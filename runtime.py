@@ -40,7 +40,7 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:  # a full disk, a folder that cannot be written
         sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}", code=2))
     except KeyboardInterrupt:
-        words = "interrupted; the same command goes on from checkpoint_last.pt, or else starts anew"
+        words = "interrupted; the same command goes on from what was last written, or else starts anew"
         sys.exit(_one_line_error(words, code=130))
 
 

@@ -39,7 +39,7 @@ COLUMNS = ["radius", "radius_px", "discs", "survives", "found", "false"]
 def main() -> None:
     model, config = open_normalizer(parse_command(__doc__))
     reader = reader_of(model, config) if config.inference.method == "reader" else None
-    normals, _ = read_normals(model, config, "val")
+    normals = read_normals(model, config, "val").images
     calibration, images = calibrate(model, normals[::2], config, reader), normals[1::2]
     found = np.zeros((len(RADII), len(images[:NORMALS]), 3))
     for number in tqdm(range(found.shape[1]), desc="audit", unit="image"):

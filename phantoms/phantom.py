@@ -8,7 +8,6 @@ differs from the one without by more than `MASK_THRESHOLD` grey levels of [0, 1]
 `canvas.py`. Nothing is copied from a real image.
 """
 
-import csv
 import multiprocessing
 import os
 import sys
@@ -27,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from checks import UsageError
+from files import write_csv
 from phantoms.anatomy import draw_anatomy
 from phantoms.canvas import DETECTOR_HEIGHT, Canvas
 from phantoms.detector import develop, draw_grain, expose
@@ -152,6 +152,10 @@ def write_dataset(
         raise UsageError(f"{out} is a file: give --out a folder")
     if min(train, val, test_normal, test_per_lesion, seed) < 0:
         raise UsageError("the numbers of radiographs and the seed must not be negative")
+    if min(height, width, 1 if workers is None else workers) < 1:
+        raise UsageError("height, width and workers must be at least 1")
+    manifest = out / "manifest.csv"
+    manifest.unlink(missing_ok=True)  # written last: nobody takes an old one for the new pictures
     for folder in ("images", "masks"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     first_test = train + val
@@ -165,16 +169,12 @@ def write_dataset(
     with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_one_thread) as pool:
         mapped = map(work, plan) if processes == 1 else pool.map(work, plan, chunksize=4)
         rows = list(tqdm(mapped, total=len(plan), desc="phantoms", unit="image"))
-    manifest = out / "manifest.csv"
-    with manifest.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["image", "split", "label", "kind", "mask", "patient"])
-        writer.writerows(rows)
+    write_csv(manifest, ["image", "split", "label", "kind", "mask", "patient"], rows)
     return manifest
 
 
 def _one_thread() -> None:
-    """Processes share the cores already: with BLAS threads on top, two were seen to draw at a third of the speed."""
+    """Processes share the cores already: BLAS threads on top of them would only wait for each other."""
     threadpool_limits(1)
 
 
@@ -230,6 +230,9 @@ def main(
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command starts anew", file=sys.stderr)
+        sys.exit(130)
     print(f"wrote {train + val + test_normal + test_per_lesion * len(LESIONS)} radiographs and {manifest}")
 
 

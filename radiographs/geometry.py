@@ -10,26 +10,25 @@ import numpy as np
 
 def fit_image(x: np.ndarray, height: int, width: int, fit: str) -> np.ndarray:
     """Bring x, (H, W) in [-1, 1], to the size of the model -> float32 (height, width), -1 where "pad" adds."""
-    top, left, rows, columns = _content_box(x.shape, height, width, fit)
-    fitted = np.full((height, width), -1, np.float32)
-    fitted[top : top + rows, left : left + columns] = _resize(x, rows, columns)
-    return fitted
+    return _framed(x, _content_box(x.shape, height, width, fit), (height, width))
 
 
-def fit_detail(x: np.ndarray, height: int, width: int, fit: str, times: int) -> np.ndarray:
+def fit_detail(
+    x: np.ndarray, height: int, width: int, fit: str, times: int, finest: tuple[int, int] | None = None
+) -> np.ndarray:
     """x, (H, W) in [-1, 1], `times` as large as the model's size -> float32 (times height, times width) in [-1, 1].
 
     The means of its times x times cells are what fit_image gives, whatever the size of the file: an enlargement alone
-    would be blurred once it is averaged, and G would see other radiographs than it was trained on.
+    would be blurred once it is averaged, and G would see other radiographs than it was trained on. What is finer than
+    a file of `finest` rows and columns could show is left out of the cells.
     """
     fitted = fit_image(x, height, width, fit)
     if times == 1:
         return fitted
-    means = fitted[:, None, :, None]
-    top, left, rows, columns = _content_box(x.shape, height, width, fit, times)
-    cells = np.full((times * height, times * width), -1, np.float32)
-    cells[top : top + rows, left : left + columns] = _resize(x, rows, columns)
-    cells = cells.reshape(height, times, width, times)
+    means, box = fitted[:, None, :, None], _content_box(x.shape, height, width, fit, times)
+    if finest is not None:
+        x = _resize(x, *map(min, x.shape, finest))
+    cells = _framed(x, box, (times * height, times * width)).reshape(height, times, width, times)
     apart = cells - cells.mean(axis=(1, 3), keepdims=True)
     highest, lowest = (end(apart, axis=(1, 3), keepdims=True) for end in (np.max, np.min))
     room = np.minimum((1 - means) / np.maximum(highest, 1e-6), (1 + means) / np.maximum(-lowest, 1e-6))
@@ -57,6 +56,14 @@ def unfit_map(anomaly_map: np.ndarray, original_shape: tuple[int, int], fit: str
     return _resize(anomaly_map[top : top + rows, left : left + columns], *original_shape)
 
 
+def _framed(x: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
+    """x, (H, W), brought to its box in a black frame -> float32 of this size."""
+    top, left, rows, columns = box
+    frame = np.full(size, -1, np.float32)
+    frame[top : top + rows, left : left + columns] = _resize(x, rows, columns)
+    return frame
+
+
 def _content_box(
     original_shape: tuple[int, int], height: int, width: int, fit: str, times: int = 1
 ) -> tuple[int, int, int, int]:
@@ -76,10 +83,12 @@ def _content_box(
 def _resize(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
     """(H, W) -> float32 (rows, columns): area mean along an axis that shrinks, linear along one that grows.
 
-    One axis after the other, since OpenCV's area mode knows no mixture.
+    One axis after the other, since OpenCV's area mode knows no mixture; the one that shrinks first where the other
+    grows, for a long and narrow file would fill the memory.
     """
     x = np.ascontiguousarray(x, np.float32)
-    for size in ((x.shape[1], rows), (columns, rows)):
+    narrows_first = rows > x.shape[0] and columns < x.shape[1]
+    for size in ((columns, x.shape[0]) if narrows_first else (x.shape[1], rows), (columns, rows)):
         shrinks = size[0] * size[1] < x.size
         x = cv2.resize(x, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return x

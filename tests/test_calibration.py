@@ -180,6 +180,14 @@ def test_the_batch_size_changes_no_map(made):
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "shape, coarser", [((300, 500), False), ((200, 500), True), ((999, 99), True), ((256, 256), False)]
+)
+def test_a_file_with_fewer_pixels_than_any_normals_and_than_the_model_is_coarser(made, shape, coarser):
+    config, _, known = made
+    assert dataclasses.replace(known, file_sizes=[[300, 400], [900, 900]]).coarser(shape, config) == coarser
+
+
 def test_the_plain_calibration_is_read_off_the_plain_maps():
     config = config_with("plain")
     model = tiny_normalizer(config.inference)

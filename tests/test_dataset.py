@@ -172,7 +172,7 @@ def reads(monkeypatch):
     """Instead of reading: the names asked for so far, and an event for each name, set when its turn comes."""
     asked, begun = [], {f"{i:03}.png": threading.Event() for i in range(20)}
 
-    def read(record, config, times=1):
+    def read(record, config, times=1, finest=None):
         asked.append(record.path.name)
         begun[record.path.name].set()
         if record.path.name == "005.png":
@@ -200,14 +200,14 @@ def test_an_unexpected_error_ends_the_batches_at_once_and_leaves_no_thread(reads
     assert len(next(batches)) == 4
     with pytest.raises(MemoryError):
         next(batches)
-    assert threading.active_count() == threads and len(asked) <= 8
+    assert threading.active_count() <= threads and len(asked) <= 8
 
 
 def test_an_unexpected_error_ends_opening_too(reads, tmp_path):
     splits, threads = {"train": list_records(write_images(tmp_path, 20))}, threading.active_count()
     with pytest.raises(MemoryError):
         open_datasets(splits, CONFIG, 0, tmp_path / "skipped_files.csv", quiet=True)
-    assert threading.active_count() == threads
+    assert threading.active_count() <= threads  # fewer, where a progress bar of an earlier test has gone
 
 
 # --- augmentation ----------------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def test_a_reader_with_a_backbone_does_not_give_way_to_one_without_for_want_of_a
 def test_g_sees_the_normals_of_the_reader_as_it_saw_them_in_training(study):
     """Whatever their files' size: smaller than what the reader looks at, they are enlarged, and not blurred for G."""
     config = config_of(study, method="reader")
-    images, _ = read_normals(model_that_trained_on(), config, "val")
+    images = read_normals(model_that_trained_on(), config, "val").images
     records = split_records(list_records(study, "auto"), config.data)["val"]
     trained_on = [read_sample(record, config.data).image for record in records]
     assert trained_on[0].shape == tuple(size // 2 for size in images.shape[1:])
@@ -127,11 +127,25 @@ def test_g_sees_the_normals_of_the_reader_as_it_saw_them_in_training(study):
     np.testing.assert_allclose(seen, np.stack(trained_on), atol=1e-5)
 
 
+def test_reader_normals_cuts_those_it_learns_on_and_not_those_it_is_calibrated_on(study):
+    config = dataclasses.replace(config_of(study, method="reader"), reader=ReaderConfig(normals=1))
+    everyone = read_normals(model_that_trained_on(), config_of(study, method="reader"), "val").images
+    assert len(everyone) > 1 and len(read_normals(model_that_trained_on(), config, "val").images) == len(everyone)
+
+
+def test_the_sizes_of_the_files_of_normals_are_known(study):
+    config = config_of(study)
+    records = split_records(list_records(study, "auto"), config.data)["val"]
+    shapes = [read_sample(record, config.data).original_shape for record in records]
+    sizes = read_normals(model_that_trained_on(), config, "val").file_sizes
+    assert sizes == [np.min(shapes, axis=0).tolist(), np.max(shapes, axis=0).tolist()]
+
+
 def test_the_reader_learns_on_those_alone_who_trained_the_networks(study, capsys):
     """A file that came to the folder later may be anybody's, with a lesion too."""
     records = split_records(list_records(study, "auto"), config_of(study).data)["train"]
     content = read_sample(records[0], config_of(study).data).digest
-    images, pictures = read_normals(model_that_trained_on(contents=[content]), config_of(study), "train")
+    images, pictures, _ = read_normals(model_that_trained_on(contents=[content]), config_of(study), "train")
     said = f"{len(records) - 1} of {len(records)} training normals did not train the networks"
     assert images.shape == (1, 256, 256) and said in capsys.readouterr().out
     with pytest.raises(UsageError, match="no radiograph that trained the networks"):

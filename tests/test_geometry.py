@@ -1,5 +1,7 @@
 """Between the sizes of a file and of the model: images by area, masks by maximum, maps back where they came from."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -49,10 +51,29 @@ def test_what_pad_adds_is_as_large_in_image_mask_and_map_and_nothing_lies_on_its
     np.testing.assert_array_equal(unfit_map(detail, shape, "pad", times), np.zeros(shape, np.float32))
 
 
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_what_is_finer_than_the_finest_normal_is_left_out(fit):
+    coarse = np.random.default_rng(0).uniform(-0.9, 0.9, (64, 96)).astype(np.float32)
+    fine = np.kron(coarse, np.ones((4, 4), np.float32)) + np.where(np.arange(256) % 4 < 2, 0.1, -0.1)[:, None]
+    known, limited = fit_detail(coarse, 64, 96, fit, 2), fit_detail(fine, 64, 96, fit, 2, (64, 96))
+    np.testing.assert_allclose(limited, known, atol=1e-5)
+    assert np.abs(fit_detail(fine, 64, 96, fit, 2) - known).mean() > 0.05
+    np.testing.assert_array_equal(fit_detail(coarse, 64, 96, fit, 2, (200, 200)), known)  # a limit that nothing reaches
+
+
 def test_a_file_of_the_enlarged_size_is_enlarged_by_nothing():
     x = np.random.default_rng(0).uniform(-1, 1, (128, 192)).astype(np.float32)
     np.testing.assert_allclose(fit_detail(x, 64, 96, "stretch", 2), x, atol=1e-6)
     np.testing.assert_array_equal(fit_detail(x, 64, 96, "stretch", 1), fit_image(x, 64, 96, "stretch"))
+
+
+def test_a_long_and_narrow_file_takes_no_more_memory_than_it_has():
+    x = np.random.default_rng(0).uniform(-1, 1, (4, 500_000)).astype(np.float32)
+    tracemalloc.start()
+    fit_image(x, 512, 1024, "stretch")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 * x.nbytes
 
 
 def test_pad_keeps_the_aspect_ratio_on_black():

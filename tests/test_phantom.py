@@ -225,3 +225,17 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(UsageError, match="taken is a file"):
         write_dataset(tmp_path / "taken", **COUNTS)
+
+
+@pytest.mark.parametrize("wrong", [{"workers": 0}, {"workers": -1}, {"height": 0}, {"width": -5}])
+def test_sizes_and_workers_below_one_are_refused(wrong, tmp_path):
+    with pytest.raises(UsageError, match="at least 1"):
+        write_dataset(tmp_path / "new", 1, 0, 0, 0, **wrong)
+
+
+def test_an_old_manifest_does_not_outlive_the_pictures_it_lists(tmp_path, monkeypatch):
+    (tmp_path / "manifest.csv").write_text("image\nold.png\n")
+    monkeypatch.setattr("phantoms.phantom.ProcessPoolExecutor", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        write_dataset(tmp_path, 1, 0, 0, 0)
+    assert not (tmp_path / "manifest.csv").exists()
