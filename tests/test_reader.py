@@ -108,6 +108,23 @@ def test_the_backbone_feels_at_four_strides_and_is_frozen():
     assert shapes == [(16, 32, 64), (24, 16, 32), (40, 8, 16), (112, 4, 8)]
 
 
+@pytest.mark.skipif(backbone_name("auto") == "none", reason="no backbone is installed")
+def test_folding_the_normalization_changes_no_feature(monkeypatch):
+    """The published network, layer by layer, says the same of the same image, twice in a row."""
+    monkeypatch.setattr("backbone.fold_normalization", lambda network: None)
+    as_published = Backbone()
+    assert sum(isinstance(part, nn.BatchNorm2d) for part in as_published.modules()) > 30
+    monkeypatch.undo()
+    folded = Backbone()
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    x = torch.rand(2, 1, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    before = x.clone()
+    for _ in range(2):  # an activation in place must not reach what was handed out
+        for ours, theirs in zip(folded(x), as_published(x), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+    assert torch.equal(x, before)
+
+
 # ---------------------------------------------------------------- the network
 
 
