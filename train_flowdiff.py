@@ -17,7 +17,7 @@ teeth and fillings.
 """
 
 from collections.abc import Callable
-from math import inf, nan
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,7 +160,8 @@ def main() -> None:
         if step % settings.log_every == 0 or ends:
             now = {"lambda_id": lambda_id, "lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
             means = meter.flush() | now
-            progress.set_postfix({name: f"{means.get(f'loss_{name}', nan):.3f}" for name in ("diff", "flow", "id")})
+            known = [name for name in ("diff", "flow", "id") if f"loss_{name}" in means]  # id from the warm-up on
+            progress.set_postfix({name: f"{means[f'loss_{name}']:.3f}" for name in known})
             log.write(step, {f"train/{name}": value for name, value in means.items()})
         if not main_process:
             continue  # and wait at the next gradient while the first validates

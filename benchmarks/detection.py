@@ -86,7 +86,10 @@ OWN_FLAGS = (
     *("--outputs", "--inference.method", "--inference.output", "--inference.calibration"),
     *("--inference.vae-checkpoint", "--inference.flow-checkpoint"),
 )
-PEERS = {"nearest": "Nearest", "patchcore": "Patchcore", "padim": "Padim"}  # module in peers/ and its class
+PEERS = {  # module in peers/ and its class; those of the first line need no training
+    **{"nearest": "Nearest", "patchcore": "Patchcore", "padim": "Padim"},
+    **{"draem": "Draem", "denoising": "Denoising", "anoddpm": "Anoddpm", "latent_repair": "LatentRepair"},
+}
 
 
 def main() -> None:
@@ -191,7 +194,7 @@ def size_flags(size: int) -> list[str]:
 def run_peer(row: str, seed: int, flags: list[str]) -> tuple[Verdicts, dict]:
     """A method from elsewhere."""
     config = parse_command(__doc__, flags).config
-    peer = getattr(importlib.import_module(f"peers.{row}"), PEERS[row])(seed)
+    peer = getattr(importlib.import_module(f"peers.{row}"), PEERS[row])(seed, config)
     return examine(peer, splits_of(config.data), config.data), {"peer": row}
 
 

@@ -1,6 +1,6 @@
 """Who trains, who calibrates and who is tested in a comparison, and how a method is judged: the same for all of them.
 
-A peer is one file in `peers/` with one class, made with a seed:
+A peer is one file in `peers/` with one class, made with a seed and the config of the four phases:
 
     fit(normals)        learns from the training normals, float32 (N, H, W) in [-1, 1]
     score(images)       maps (B, H, W) and scores (B,) of images (B, H, W), higher where more anomalous

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from pipeline import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -18,7 +19,7 @@ import protocol
 
 from backbone import backbone_name
 from checks import UsageError
-from config import DataConfig
+from config import Config, DataConfig, VAEConfig
 from metrics import auroc
 from phantoms.phantom import main as draw_phantoms
 
@@ -64,26 +65,105 @@ def test_unlabelled_images_are_not_judged_and_one_class_is_refused(phantoms, tmp
         protocol.splits_of(replace(phantoms, root=str(tmp_path)))
 
 
+def peer_of(name, **more):
+    config = Config(vae=VAEConfig(pretrained=str(ROOT / "assets/phantom_vae")))
+    return getattr(importlib.import_module(f"peers.{name}"), detection.PEERS[name])(0, config, **more)
+
+
 @needs_backbone
-@pytest.mark.parametrize("name", sorted(detection.PEERS))
+@pytest.mark.parametrize("name", ["nearest", "padim", "patchcore"])
 def test_each_peer_sees_a_square_that_no_normal_has(name):
     random = np.random.default_rng(0)
     normals = 0.1 * random.standard_normal((12, 64, 128)).astype(np.float32)
     strange = normals[:2].copy()
     strange[:, 24:40, 40:60] = 1.0
-    peer = getattr(importlib.import_module(f"peers.{name}"), detection.PEERS[name])(0)
+    peer = peer_of(name)
     peer.fit(normals[2:])
     (quiet, low), (loud, high) = peer.score(normals[:2]), peer.score(strange)
     assert quiet.shape == loud.shape == (2, 64, 128) and high.min() > low.max()
     assert np.median(loud[:, 26:38, 44:56]) > np.quantile(loud[:, :, 90:], 0.99)
 
 
+TRAINED = {"denoising": 60, "latent_repair": 40}  # and steps that suffice here
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_each_peer_that_is_trained_sees_a_square_after_a_few_steps(name):
+    rows, columns = np.mgrid[:32, :64].astype(np.float32)
+    shifts = np.linspace(0, 1, 12, dtype=np.float32)
+    normals = np.stack([0.4 * np.sin(columns / 9 + shift) * np.cos(rows / 7) - 0.2 for shift in shifts])
+    strange = normals[:2].copy()
+    strange[:, 10:20, 20:32] = 1.0
+    peer = peer_of(name, steps=TRAINED[name])
+    peer.fit(normals[2:])
+    (quiet, low), (loud, high) = peer.score(normals[:2]), peer.score(strange)
+    assert quiet.shape == loud.shape == (2, 32, 64) and high.min() > low.max()
+    assert loud[:, 10:20, 20:32].mean() > 1.25 * loud[:, :, 44:].mean()
+
+
+def test_both_networks_of_draem_learn_and_say_a_probability():
+    clean = torch.linspace(-0.6, 0.4, 32).repeat(8, 1, 16, 1)
+    peer = peer_of("draem", steps=40)
+    peer.textures = clean
+    before = float(peer._loss(clean))
+    peer.fit(clean[:, 0].numpy())
+    assert float(peer._loss(clean)) < 0.6 * before
+    maps, scores = peer.score(clean[:, 0].numpy())
+    assert maps.shape == (8, 16, 32) and maps.min() >= 0 and scores.max() <= maps.max() <= 1
+
+
+def test_the_diffusion_of_pixels_learns_its_noise_and_examines_with_the_mean_of_its_weights():
+    normals = np.zeros((4, 16, 32), np.float32)
+    peer = peer_of("anoddpm", steps=40)
+    clean = torch.zeros(8, 1, 16, 32)
+    before = float(peer._loss(clean))
+    peer.fit(normals)
+    assert float(peer._loss(clean)) < 0.8 * before
+    maps, scores = peer.score(normals)
+    assert maps.shape == (4, 16, 32) and scores.shape == (4,) and np.isfinite(maps).all() and maps.min() >= 0
+
+
+def test_gradient_noise_is_nothing_at_its_corners_and_about_one_at_most():
+    from peers.training import gradient_noise
+
+    noise = gradient_noise(50, (32, 64), (4, 8), torch.Generator().manual_seed(0))
+    assert noise.shape == (50, 1, 32, 64) and noise[..., ::8, ::8].abs().max() < 1e-6
+    assert 0.7 < noise.abs().max() <= 1 and abs(noise.mean()) < 0.02
+
+
+def test_what_the_peers_spoil_is_what_they_say():
+    clean = torch.zeros(64, 1, 32, 32)
+    draem = peer_of("draem")
+    draem.textures = torch.ones(3, 1, 32, 32)
+    foreign, mask = draem.corrupted(clean)
+    assert torch.equal(foreign != 0, mask == 1) and 0.2 < mask.flatten(1).any(1).float().mean() < 0.6
+    anoddpm = peer_of("anoddpm")
+    noise = anoddpm.noise(clean)
+    torch.testing.assert_close(noise.std(dim=(1, 2, 3)), torch.ones(64))
+    torch.testing.assert_close(anoddpm.noisy(clean, noise, torch.full((64,), 999)), noise, rtol=0, atol=0.01)
+    repair = peer_of("latent_repair")
+    repair.normal = torch.ones(3, 4, 8, 8)
+    spoilt = repair.spoilt(torch.zeros(64, 4, 8, 8)) != 0
+    assert 0.02 < spoilt.float().mean() < 0.5 and 0 < (~spoilt.flatten(1).any(1)).sum() < 32
+    coarse = peer_of("denoising").noise(clean)
+    assert 0.2 < coarse.std() < 0.45
+
+
+def test_the_way_back_of_a_known_image_is_that_image():
+    """Told the true noise at every step, the walk ends at the clean image whatever noise is added on the way."""
+    anoddpm = peer_of("anoddpm")
+    clean = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
+    z = anoddpm.noisy(clean, anoddpm.noise(clean), torch.tensor([250]))
+    for now, then in ((250, 100), (100, 0)):
+        truth = (z - anoddpm.kept[now].sqrt() * clean) / (1 - anoddpm.kept[now]).sqrt()
+        z = anoddpm._back(z, truth, now, then)
+    torch.testing.assert_close(z, clean, rtol=0, atol=1e-5)
+
+
 @needs_backbone
 def test_the_nearest_neighbour_of_a_training_normal_is_itself_unless_it_is_left_out():
     normals = np.random.default_rng(0).uniform(-1, 1, (4, 64, 64)).astype(np.float32)
-    from peers.nearest import Nearest
-
-    peer = Nearest(0)
+    peer = peer_of("nearest")
     peer.fit(normals)
     first = peer.memory[1:2].float()
     assert peer._distances(first).max() < 0.1 * peer._distances(first, range(1, 2)).min()

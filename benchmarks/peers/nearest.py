@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly import blur_share, image_score
+from config import Config
 from peers.frozen import SIGMA, PatchFeatures, finished_map, in_batches
 
 REACH = 2  # places of the grid, to every side
@@ -20,7 +21,7 @@ TOP_SHARE = 0.001  # of the map, whose mean is the score
 class Nearest:
     """Every place against a window of all training normals."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, config: Config):
         self.features = PatchFeatures((4, 8, 16), pooled=True)
 
     def fit(self, normals: np.ndarray) -> None:

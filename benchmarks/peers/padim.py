@@ -7,6 +7,7 @@ published.
 import numpy as np
 import torch
 
+from config import Config
 from peers.frozen import PatchFeatures, finished_map, in_batches
 
 CHANNELS = 100
@@ -16,7 +17,7 @@ EPSILON = 0.01
 class Padim:
     """Mahalanobis distance to the training normals at the same place."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, config: Config):
         self.features = PatchFeatures((4, 8, 16), pooled=False)
         self.random = torch.Generator().manual_seed(seed)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from config import Config
 from peers.frozen import PatchFeatures, finished_map, in_batches
 
 SHARE = 0.01
@@ -19,7 +20,7 @@ NEIGHBOURS = 9
 class Patchcore:
     """A memory of normal patches, whatever their place."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, config: Config):
         self.features = PatchFeatures((8, 16), pooled=True)
         self.random = torch.Generator().manual_seed(seed)
 

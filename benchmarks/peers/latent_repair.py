@@ -1,0 +1,100 @@
+"""Latent repair in one step, after REFLECT (Beizaee et al. 2025) and DeCo-Diff (Beizaee et al., CVPR 2025).
+
+In the latent of the pretrained autoencoder, not fine-tuned, patches are replaced by noise or by another normal's. A
+UNet learns the straight way from what was spoilt back to what was there (a rectified flow, its time drawn at random)
+and repairs a radiograph by one step of the whole way. The map is the geometric mean of what changed in the image and of
+what changed in the latent; the score the mean of its highest values.
+"""
+
+import numpy as np
+import torch
+from diffusers import UNet2DModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from anomaly import image_score
+from config import Config
+from model import pretrained_vae
+from peers.training import DEVICE, autocast, on_device, train
+
+CHANNELS = {"cuda": (128, 256, 512, 512), "cpu": (64, 128, 192)}[DEVICE]
+BATCH = {"cuda": 32, "cpu": 16}[DEVICE]
+STEPS = {"cuda": 50_000, "cpu": 3_000}[DEVICE]
+LR = {"cuda": 1e-4, "cpu": 4e-4}[DEVICE]
+MOST_PATCHES, LARGEST = 8, 0.4  # spoilt patches of a latent, and the longest side as a share of its own
+TOP_SHARE = 0.001
+
+
+class LatentRepair:
+    """What one step towards normal latents changes."""
+
+    def __init__(self, seed: int, config: Config, steps: int = STEPS):
+        self.steps, self.random = steps, torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.vae = pretrained_vae(config.vae).to(DEVICE).requires_grad_(False).eval()
+
+    def fit(self, normals: np.ndarray) -> None:
+        """Encode the normals, and train the network on their latents."""
+        latents = torch.cat([self._encode(normals[first : first + 8]) for first in range(0, len(normals), 8)])
+        self.mean, self.std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
+        self.normal = (latents - self.mean) / self.std
+        torch.manual_seed(self.seed)
+        channels, plain = self.normal.shape[1], len(CHANNELS)
+        network = UNet2DModel(
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=CHANNELS,
+            layers_per_block=1,
+            norm_num_groups=16,
+            down_block_types=("DownBlock2D",) * plain,
+            up_block_types=("UpBlock2D",) * plain,
+        )
+        self.network = on_device(network)
+        parameters = list(self.network.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=LR)
+        rows = np.arange(len(self.normal))
+        train(parameters, optimizer, self._loss, rows, BATCH, self.steps, self.random, "latent repair")
+        self.network.eval()
+
+    def _loss(self, rows: Tensor) -> Tensor:
+        z = self.normal[rows.flatten()]
+        spoilt = self.spoilt(z)
+        time = torch.rand(len(z), generator=self.random)
+        between = torch.lerp(spoilt, z, time.reshape(-1, 1, 1, 1)).to(DEVICE)
+        with autocast():
+            way = self.network(between, 1000 * time.to(DEVICE)).sample
+        return (way.float() - (z - spoilt).to(DEVICE)).square().mean()
+
+    def spoilt(self, z: Tensor) -> Tensor:
+        """Latents (B, C, h, w) with rectangles of noise, or of another one; some have none."""
+        spoilt, (height, width) = z.clone(), z.shape[-2:]
+        for image in spoilt:
+            for _ in range(int(torch.randint(MOST_PATCHES + 1, (1,), generator=self.random))):
+                share = LARGEST * torch.rand(2, generator=self.random)
+                tall, wide = max(1, round(float(share[0]) * height)), max(1, round(float(share[1]) * width))
+                top = int(torch.randint(height - tall + 1, (1,), generator=self.random))
+                left = int(torch.randint(width - wide + 1, (1,), generator=self.random))
+                donor = self.normal[int(torch.randint(len(self.normal), (1,), generator=self.random))]
+                noise = torch.randn(image.shape, generator=self.random)
+                foreign = noise if torch.rand(1, generator=self.random) < 0.5 else donor.roll((tall, wide), (-2, -1))
+                box = (slice(None), slice(top, top + tall), slice(left, left + wide))
+                image[box] = torch.lerp(image[box], foreign[box], float(torch.rand(1, generator=self.random)))
+        return spoilt
+
+    @torch.no_grad()
+    def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Maps, and the mean of their highest values."""
+        z = ((self._encode(images) - self.mean) / self.std).to(DEVICE)
+        way = self.network(z, 0).sample
+        before, after = self._decode(z), self._decode(z + way)
+        pixels = F.avg_pool2d((before - after).abs(), 5, stride=1, padding=2, count_include_pad=False)
+        latent = F.interpolate(way.abs().mean(1, keepdim=True), size=images.shape[1:], mode="bilinear")
+        maps = (pixels * latent).sqrt().cpu()
+        return maps[:, 0].numpy(), image_score(maps, TOP_SHARE).numpy()
+
+    @torch.no_grad()
+    def _encode(self, images: np.ndarray) -> Tensor:
+        return self.vae.encode(torch.from_numpy(images).unsqueeze(1).to(DEVICE))[0].cpu()
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.vae.decode(z * self.std.to(DEVICE) + self.mean.to(DEVICE))
