@@ -32,6 +32,11 @@ from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
 READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight", "residual_weight")
+# what networks learn with, and no feature in the pool depends on
+LEARNING = (
+    *("members", "width", "distances", "steps", "crops", "lr", "lr_warmup_steps", "weight_decay", "dropout"),
+    *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "precision"),
+)
 RECIPE = 5  # raise it when code or a default changes what a reader learns from, or how it reads
 # in the calibration's folder
 READER, LAST, POOL, SHEET = "reader.pt", "reader_last.pt", "reader_pool", "corruptions.png"
@@ -68,7 +73,8 @@ def train_reader(
     )
     save_sheet(images, config, folder / SHEET)
     run = identity | {"precision": precision_of_training(config, model.device)}
-    pool = make_pool(model, extractor, images, config, run, folder / POOL)
+    made_with = {name: value for name, value in run.items() if name not in LEARNING}
+    pool = make_pool(model, extractor, images, config, made_with, folder / POOL)
     statistics = pool.statistics(config)
     network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
     if not all(bool(weight.isfinite().all()) for weight in network.parameters()):

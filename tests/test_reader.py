@@ -20,6 +20,7 @@ from image_ops import gaussian_blur
 from reader import FeatureStatistics, Reader, ReaderEnsemble, ReaderNetwork, cropped, positions, stored_reader
 from reader_training import (
     LAST,
+    LEARNING,
     POOL,
     READER,
     SHEET,
@@ -319,6 +320,28 @@ def test_a_reader_that_diverged_is_not_kept(model, tmp_path):
     with pytest.raises(UsageError, match="the reader diverged: lower reader.lr, which is 1e.30"):
         train_reader(model, normals(), "pictures", config, tmp_path)
     assert not {READER, LAST} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_another_way_to_learn_takes_the_features_that_are_there_and_other_features_are_made(
+    model, tmp_path, monkeypatch
+):
+    assert set(LEARNING) <= {field.name for field in dataclasses.fields(ReaderConfig)} | {"precision"}
+    learning = {"members": 1, "width": 4, "distances": (1,), "steps": 3, "crops": 2, "lr": 1e-4, "lr_warmup_steps": 1}
+    learning |= {"weight_decay": 0.0, "dropout": 0.0, "positive_weight": 1.0, "largest_deviation": 4.0}
+    learning |= {"smallest_spread": 0.5, "alignment": 0.1}
+    assert set(learning) == set(LEARNING) - {"precision"}
+    made, examine = [], type(model).examine
+    monkeypatch.setattr(type(model), "examine", lambda self, *given: made.append(1) or examine(self, *given))
+    with pytest.raises(UsageError, match="diverged"):
+        train_reader(model, normals(), "p", config_for(lr=1e30, lr_warmup_steps=0), tmp_path)
+    assert made and not made.clear()
+    train_reader(model, normals(), "p", config_for(**learning), tmp_path)
+    assert not made
+    with pytest.raises(UsageError, match="diverged"):
+        train_reader(model, normals(), "p", config_for(lr=1e30, lr_warmup_steps=0), tmp_path)
+    assert made and not made.clear()
+    train_reader(model, normals(), "p", config_for(least_change=0.05), tmp_path)
+    assert made
 
 
 def test_a_damaged_reader_names_the_file_to_remove(trained, tmp_path):
