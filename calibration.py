@@ -35,6 +35,7 @@ from standardization import NormalViews, PixelStatistics, features
 
 FORMAT = 4  # of METHOD.json; another is made anew
 CALM = 0.008  # blur of a map beside the reader's, a share of the height, before its highest values are taken
+NEEDED = {"plain": 1, "statistical": 2, "reader": 3}  # validation normals that each method needs
 FEW_NORMALS = 20  # below, each left-out normal moves the statistics of the others
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
 
@@ -201,12 +202,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
     if method == "statistical":
         check_views(config.calibration.views)
         check_fills(config.calibration.fills, "calibration.fills")
-    needed = {"plain": 1, "statistical": 2, "reader": 3}[method]
-    if len(images) < needed:
-        raise UsageError(
-            f"too few validation normals: inference.method {method} needs {needed} and there are {len(images)}; add "
-            "some to the split val, or use --inference.method plain, which needs one"
-        )
+    refuse_too_few(len(images), method)
     if len(images) < FEW_NORMALS:
         print(f"{len(images)} validation normals only: thresholds and p-values are rough below {FEW_NORMALS}")
     survey = _survey(model, images, config, reader)
@@ -250,6 +246,16 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         score_fusion=score_fusion,
         beside_statistics=beside_statistics,
     )
+
+
+def refuse_too_few(count: int, method: str) -> None:
+    """UsageError for fewer validation normals than a method needs."""
+    needed = NEEDED[method]
+    if count < needed:
+        raise UsageError(
+            f"too few validation normals: inference.method {method} needs {needed} and there are {count}; add some to "
+            "the split val, or use --inference.method plain, which needs one"
+        )
 
 
 @dataclass(frozen=True)

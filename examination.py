@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from backbone import REMEDY
-from calibration import Calibration, calibrate, magnification_of, shaping
+from calibration import Calibration, calibrate, magnification_of, refuse_too_few, shaping
 from checks import UsageError
 from command_line import CommandLine
 from config import Config
@@ -116,6 +116,8 @@ def reader_of(model: Normalizer, config: Config) -> Reader:
             return Reader.rebuild(stored, model.device)
         refuse_to_lose_the_backbone(stored, config, folder)
         print(f"the reader in {folder} belongs to other checkpoints or settings: trained anew")
+    listed = split_records(list_records(config.data.root, config.data.patient_from), config.data)
+    refuse_too_few(len(listed["val"]), "reader")  # now: to hear of it after the training would be late
     normals = read_normals(model, config, "train")
     with hold(folder, "reader"):
         return train_reader(model, normals.images, normals.pictures, config, folder)

@@ -22,7 +22,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from calibration import Calibration, calibrate, magnification_of
+from calibration import NEEDED, Calibration, calibrate, magnification_of
+from checks import UsageError
 from command_line import parse_command
 from config import Config
 from examination import open_normalizer, read_normals, reader_of
@@ -38,8 +39,14 @@ COLUMNS = ["radius", "radius_px", "discs", "survives", "found", "false"]
 
 def main() -> None:
     model, config = open_normalizer(parse_command(__doc__))
-    reader = reader_of(model, config) if config.inference.method == "reader" else None
-    normals = read_normals(model, config, "val").images
+    normals, method = read_normals(model, config, "val").images, config.inference.method
+    least = max(2, 2 * NEEDED[method] - 1)
+    if len(normals) < least:
+        raise UsageError(
+            f"the audit with method {method} needs {least} validation normals, half of them for thresholds, and there "
+            f"are {len(normals)}: add some to the split val"
+        )
+    reader = reader_of(model, config) if method == "reader" else None
     calibration, images = calibrate(model, normals[::2], config, reader), normals[1::2]
     found = np.zeros((len(RADII), len(images[:NORMALS]), 3))
     for number in tqdm(range(found.shape[1]), desc="audit", unit="image"):

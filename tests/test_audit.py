@@ -12,6 +12,8 @@ from pipeline import ROOT, flags_of, sources, table
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import audit
 
+from checks import UsageError
+
 
 @pytest.mark.parametrize("radius", [0.05, 0.1])
 def test_a_disc_has_the_area_of_its_radius_and_lies_inside(radius):
@@ -38,3 +40,17 @@ def test_the_audit_prints_and_writes_a_row_per_radius(examined, monkeypatch, cap
     assert [row["radius"] for row in rows] == ["0.005", "0.01", "0.02", "0.04", "0.08"]
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("found", "false"))
     assert "survives" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("method", "least"), [("plain", 2), ("statistical", 3), ("reader", 5)])
+def test_too_few_normals_for_an_audit_are_told_before_anything_is_trained(
+    method, least, examined, monkeypatch, tmp_path
+):
+    flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["audit.py", *map(str, flags), "--inference.method", method])
+    few = SimpleNamespace(images=np.zeros((least - 1, 8, 8), np.float32))
+    monkeypatch.setattr(audit, "read_normals", lambda *given: few)
+    monkeypatch.setattr(audit, "reader_of", lambda *given: pytest.fail("trained before it was looked"))
+    with pytest.raises(UsageError, match=f"needs {least} validation normals.* there are {least - 1}"):
+        audit.main()

@@ -16,7 +16,13 @@ from checks import UsageError
 from config import Config, DataConfig, InferenceConfig
 from config_reading import ReaderConfig
 from dataset import read_sample
-from examination import read_normals, records_to_examine, refuse_known_content, refuse_to_lose_the_backbone
+from examination import (
+    read_normals,
+    reader_of,
+    records_to_examine,
+    refuse_known_content,
+    refuse_to_lose_the_backbone,
+)
 from inference import begin, figures_to_draw, publish, refuse_to_write_among
 from radiographs.manifest import Record, list_records, split_records
 from reporting.lookup import LOOKUP, Pseudonyms
@@ -114,6 +120,14 @@ def test_a_reader_with_a_backbone_does_not_give_way_to_one_without_for_want_of_a
         refuse_to_lose_the_backbone(stored, config_of(study), study / "calibration")
     without = dataclasses.replace(config_of(study), reader=ReaderConfig(backbone="none"))
     refuse_to_lose_the_backbone(stored, without, study / "calibration")
+
+
+def test_too_few_validation_normals_are_told_before_the_reader_is_trained(study, monkeypatch):
+    rows = (study / "manifest.csv").read_text().replace("images/4.png,val", "images/4.png,test")
+    (study / "manifest.csv").write_text(rows)
+    monkeypatch.setattr("examination.train_reader", lambda *given: pytest.fail("trained before it was looked"))
+    with pytest.raises(UsageError, match="method reader needs 3 and there are 2"):
+        reader_of(model_that_trained_on("P0", "P1"), config_of(study, method="reader"))
 
 
 def test_g_sees_the_normals_of_the_reader_as_it_saw_them_in_training(study):
