@@ -217,13 +217,13 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
     if method == "reader":
         floor = config.reader.smallest_verdict_spread
         normals = NormalViews(survey.shown, replace(config.reader, smallest_spread=floor))
-        maps = torch.cat([_left_out(normals, index) for index in range(len(images))])
+        maps = torch.cat([normals.left_out(index) for index in range(len(images))])
         statistics = normals.statistics()
     maps = blur_share(maps, config.inference.smooth_share)
     if method == "reader":
         others = NormalViews(survey.beside, config.reader)
         beside_statistics = others.statistics()
-        beside = torch.cat([_left_out(others, index) for index in range(len(images))])
+        beside = torch.cat([others.left_out(index) for index in range(len(images))])
         readings = readings_of(maps, beside, config)
         weights = (1.0, config.reader.plain_weight, config.reader.residual_weight)
         score_fusion, scores = ScoreFusion.of(readings, weights), left_out_scores(readings, weights)
@@ -320,14 +320,9 @@ def _fuse(normals: NormalViews, model: Normalizer, images: np.ndarray, config: C
         sample.add_corrupted(deviations, changed)
     everyone = range(len(images))
     for index in everyone:
-        sample.add_normal(_left_out(normals, index))
+        sample.add_normal(normals.left_out(index))
     fusion = sample.fit()
-    return fusion, torch.cat([fusion.anomaly_map(_left_out(normals, index)) for index in everyone])
-
-
-def _left_out(normals: NormalViews, index: int) -> Tensor:
-    """The deviations of a normal under the statistics of the others."""
-    return normals.statistics_without(index).standardize(normals.features(index))
+    return fusion, torch.cat([fusion.anomaly_map(normals.left_out(index)) for index in everyone])
 
 
 def _corrupted(model: Normalizer, images: np.ndarray, config: Config) -> Iterator[tuple[int, Tensor, np.ndarray]]:

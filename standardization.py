@@ -69,3 +69,7 @@ class NormalViews:
         """Of all normals but one."""
         own = self.features(index)
         return pixel_statistics(self.total - own, self.squares - own.square(), len(self.views) - 1, self.settings)
+
+    def left_out(self, index: int) -> Tensor:
+        """The deviations (1, F, H, W) of a normal under the statistics of the others."""
+        return self.statistics_without(index).standardize(self.features(index))
