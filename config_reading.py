@@ -62,6 +62,7 @@ class ReaderConfig:
     width: int = 64  # features of the reader's hidden layers
     # a verdict hears of what lies so many places away (of stride pixels each), and again of what those heard
     distances: tuple[int, ...] = (1, 2, 4, 8)
+    mirror: bool = True  # it hears of the same place on the other side of the jaw, too
     members: int = 3  # networks whose verdicts are averaged: errs less, learns longer
     normals: int = 1_000  # training normals it learns on at most, spread evenly
     copies: int = 4  # corrupted copies of each normal, beside the plain one

@@ -53,6 +53,12 @@ class FeatureStatistics:
         return FeatureStatistics(self.centre.to(device), self.scale.to(device), places)
 
 
+def mirrored(crop: Crop) -> Crop:
+    """The same part of the other side of the jaw."""
+    top, left, share = crop
+    return (top, 1 - left - share, share)
+
+
 def cropped(maps: Tensor | np.ndarray, crop: Crop) -> Tensor | np.ndarray:
     """The part of (..., h, w) that a crop keeps, not copied; its borders fall between places."""
     (top, left, share), (height, width) = crop, maps.shape[-2:]
@@ -76,25 +82,35 @@ class ReaderNetwork(nn.Module):
 
     A verdict hears of as many places to every side as the distances sum up to: whether a place belongs is a matter of
     what lies around it.
+    With `mirror` it also hears of the same place on the other side, and of the places around that one, since the two
+    sides are alike and align only roughly: what a jaw has on both sides is likely its own.
     Each map is brought to the hidden width where it is coarse and then enlarged, which is the same as the other way
     round, for a fraction of the work.
     """
 
-    def __init__(self, channels: list[int], width: int, distances: tuple[int, ...], dropout: float):
+    def __init__(self, channels: list[int], width: int, distances: tuple[int, ...], dropout: float, mirror: bool):
         super().__init__()
         self.drop = nn.Dropout2d(dropout)
         self.enter = nn.ModuleList([nn.Conv2d(2 * count, width, 1) for count in channels])
+        across = channels if mirror else ()
+        self.across = nn.ModuleList([nn.Conv2d(2 * count, width, 1, bias=False) for count in across])
         self.place = nn.Conv2d(2, width, 1)
         around = [Surroundings(width, distance) for distance in distances]
         self.body = nn.Sequential(*around, nn.GELU(), nn.Conv2d(width, 1, 1))
         nn.init.constant_(self.body[-1].bias, -3.0)  # few places are foreign
 
-    def forward(self, features: list[Tensor], places: Tensor) -> Tensor:
-        """Logits (B, 1, h, w) from standardized features, each (B, 2F, ., .), and positions (B, 2, h, w)."""
+    def forward(self, features: list[Tensor], opposite: list[Tensor], places: Tensor) -> Tensor:
+        """Logits (B, 1, h, w) from standardized features, each (B, 2F, ., .), and positions (B, 2, h, w).
+
+        opposite holds the features of the other side, turned round; without `mirror` nobody looks at them.
+        """
         size, hidden = places.shape[-2:], self.place(places)
         by_size: dict[torch.Size, Tensor] = {}  # added up before they are enlarged: fewer to enlarge
-        for enter, part in zip(self.enter, features, strict=True):
-            entered = enter(self.drop(part))
+        heard = [enter(self.drop(part)) for enter, part in zip(self.enter, features, strict=True)]
+        if self.across:
+            beyond = zip(self.across, opposite, strict=True)
+            heard += [nearby(across(self.drop(part))) for across, part in beyond]
+        for entered in heard:
             known = by_size.get(entered.shape[-2:])
             by_size[entered.shape[-2:]] = entered if known is None else known + entered
         for entered in by_size.values():
@@ -102,6 +118,11 @@ class ReaderNetwork(nn.Module):
                 entered = F.interpolate(entered, size=size, mode="bilinear", align_corners=False)
             hidden = hidden + entered
         return self.body(hidden)
+
+
+def nearby(hidden: Tensor) -> Tensor:
+    """The mean of each place and its eight neighbours."""
+    return F.avg_pool2d(hidden, 3, stride=1, padding=1, count_include_pad=False)
 
 
 class ReaderEnsemble(nn.ModuleList):
@@ -113,13 +134,13 @@ class ReaderEnsemble(nn.ModuleList):
     @classmethod
     def untrained(cls, channels: list[int], settings: ReaderConfig) -> "ReaderEnsemble":
         """For feature maps of these channels; the weights of all members follow from torch's seed."""
-        shape = channels, settings.width, settings.distances, settings.dropout
+        shape = channels, settings.width, settings.distances, settings.dropout, settings.mirror
         members = cls(ReaderNetwork(*shape) for _ in range(settings.members))
         return members.to(memory_format=torch.channels_last)  # which CPUs convolve fastest
 
-    def forward(self, features: list[Tensor], places: Tensor) -> Tensor:
+    def forward(self, features: list[Tensor], opposite: list[Tensor], places: Tensor) -> Tensor:
         """The mean of the members' logits, (B, 1, h, w)."""
-        return torch.stack([member(features, places) for member in self]).mean(0)
+        return torch.stack([member(features, opposite, places) for member in self]).mean(0)
 
 
 def positions(size: tuple[int, int], crops: list[Crop], device: torch.device | str) -> Tensor:
@@ -149,7 +170,8 @@ class Reader:
         """How foreign each pixel of the magnified image looks, log-odds, (B, 1, k H, k W)."""
         maps, largest = self.extractor(seen), self.settings.largest_deviation
         inputs = [known.standardize(part, largest, [WHOLE]) for known, part in zip(self.statistics, maps, strict=True)]
-        logits = self.network(inputs, positions(self.extractor.grid(seen), [WHOLE], seen.detail.device))
+        opposite = [part.flip(-1) for part in inputs] if self.settings.mirror else []
+        logits = self.network(inputs, opposite, positions(self.extractor.grid(seen), [WHOLE], seen.detail.device))
         return F.interpolate(logits, size=seen.detail.shape[-2:], mode="bilinear", align_corners=False)
 
     @property

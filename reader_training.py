@@ -20,12 +20,13 @@ from tqdm import tqdm
 
 from checks import UsageError
 from config import Config
+from config_reading import ReaderConfig
 from corruption import check_fills, corrupt
 from dataset import exposed_anew
 from features import FeatureExtractor, with_backbone
 from files import load_checkpoint, save_checkpoint, write_json
 from normalizer import Normalizer
-from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, positions
+from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, mirrored, positions
 from reporting.figures import save_grid
 from runtime import learning_rate, set_learning_rate, stream_seed, training_precision
 from standardization import pixel_statistics
@@ -34,10 +35,10 @@ from standardization import pixel_statistics
 READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight", "residual_weight")
 # what networks learn with, and no feature in the pool depends on
 LEARNING = (
-    *("members", "width", "distances", "steps", "crops", "lr", "lr_warmup_steps", "weight_decay", "dropout"),
+    *("members", "width", "distances", "mirror", "steps", "crops", "lr", "lr_warmup_steps", "weight_decay", "dropout"),
     *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "precision"),
 )
-RECIPE = 5  # raise it when code or a default changes what a reader learns from, or how it reads
+RECIPE = 6  # raise it when code or a default changes what a reader learns from, or how it reads
 # in the calibration's folder
 READER, LAST, POOL, SHEET = "reader.pt", "reader_last.pt", "reader_pool", "corruptions.png"
 
@@ -151,14 +152,19 @@ class Pool:
             found.append(FeatureStatistics(centre.float(), scale.float(), places))
         return found
 
-    def batch(self, rows: Sequence[int], crops: list[Crop]) -> tuple[list[Tensor], Tensor]:
-        """Cropped feature maps (B, F, ., .) and the changed shares (B, 1, ., .) in [0, 1]."""
+    def batch(self, rows: Sequence[int], crops: list[Crop]) -> list[Tensor]:
+        """Cropped feature maps (B, F, ., .)."""
+        return [_parts_of(maps, rows, crops) for maps in self.features]
 
-        def part_of(array: np.ndarray) -> Tensor:  # cropped on the disk: the rest is never read
-            parts = [cropped(array[row], crop) for row, crop in zip(rows, crops, strict=True)]
-            return torch.from_numpy(np.stack(parts)).float()
+    def changed_share(self, rows: Sequence[int], crops: list[Crop]) -> Tensor:
+        """Of the places of the same crops, (B, 1, ., .) in [0, 1]."""
+        return _parts_of(self.changed[:, None], rows, crops) / 255
 
-        return [part_of(maps) for maps in self.features], part_of(self.changed[:, None]) / 255
+
+def _parts_of(array: np.ndarray, rows: Sequence[int], crops: list[Crop]) -> Tensor:
+    """Cropped on the disk: the rest is never read."""
+    parts = [cropped(array[row], crop) for row, crop in zip(rows, crops, strict=True)]
+    return torch.from_numpy(np.stack(parts)).float()
 
 
 def make_pool(
@@ -281,13 +287,12 @@ def fit_network(
             for member in network:
                 rows = random.integers(len(pool.changed), size=settings.crops).tolist()
                 crops = [_quarter(coarsest, random) for _ in rows]
-                maps, changed = pool.batch(rows, crops)
-                inputs = [
-                    part.standardize(values.to(device), settings.largest_deviation, crops)
-                    for part, values in zip(known, maps, strict=True)
-                ]
+                inputs = deviations(pool, known, rows, crops, settings)
+                sides = [mirrored(crop) for crop in crops] if settings.mirror else []
+                opposite = [part.flip(-1) for part in deviations(pool, known, rows, sides, settings)] if sides else []
+                changed = pool.changed_share(rows, crops)
                 with autocast(config, torch.device(device)):
-                    logits = member(inputs, positions(grid, crops, device)).float()
+                    logits = member(inputs, opposite, positions(grid, crops, device)).float()
                 loss = F.binary_cross_entropy_with_logits(logits, changed.to(device), pos_weight=weight)
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(member.parameters(), 1.0)
@@ -302,6 +307,17 @@ def fit_network(
                 state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}
                 save_checkpoint(last, "reader training", {"identity": identity, "step": step + 1, **state})
     return network
+
+
+def deviations(
+    pool: Pool, known: list[FeatureStatistics], rows: Sequence[int], crops: list[Crop], settings: ReaderConfig
+) -> list[Tensor]:
+    """Features of these crops of the pool as the network reads them, each (B, 2F, ., .), where the statistics are."""
+    maps = pool.batch(rows, crops)
+    return [
+        part.standardize(values.to(part.centre.device), settings.largest_deviation, crops)
+        for part, values in zip(known, maps, strict=True)
+    ]
 
 
 def _quarter(coarsest: tuple[int, int], random: np.random.Generator) -> Crop:

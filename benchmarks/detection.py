@@ -72,6 +72,7 @@ OURS: dict[str, tuple[str, ...]] = {
     # how it reads
     "reader: one network": ("--reader.members", "1"),
     "reader: one network of near surroundings": ("--reader.members", "1", "--reader.distances", "1", "2"),
+    "reader: one network of one side": ("--reader.members", "1", "--reader.mirror", "False"),
     # what it learns from
     "reader: without offset and shade": without("fills", "offset", "shade"),
     "reader: without level and saturate": without("fills", "level", "saturate"),

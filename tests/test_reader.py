@@ -17,7 +17,17 @@ from config import Config, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
 from features import FEATURES, FeatureExtractor
 from image_ops import gaussian_blur
-from reader import FeatureStatistics, Reader, ReaderEnsemble, ReaderNetwork, cropped, positions, stored_reader
+from reader import (
+    WHOLE,
+    FeatureStatistics,
+    Reader,
+    ReaderEnsemble,
+    ReaderNetwork,
+    cropped,
+    mirrored,
+    positions,
+    stored_reader,
+)
 from reader_training import (
     LAST,
     LEARNING,
@@ -25,6 +35,7 @@ from reader_training import (
     READER,
     SHEET,
     Pool,
+    deviations,
     fit_network,
     make_pool,
     reader_identity,
@@ -178,7 +189,7 @@ def test_statistics_of_the_pool_are_those_of_numpy(pool):
 
 def test_crops_of_features_and_of_what_changed_lie_at_one_place(pool):
     crop = (0.5, 0.25, 0.5)
-    maps, changed = pool.batch([7], [crop])
+    maps, changed = pool.batch([7], [crop]), pool.changed_share([7], [crop])
     torch.testing.assert_close(changed[0, 0], torch.from_numpy(np.array(pool.changed[7]))[16:, 8:24].float() / 255)
     assert {part.shape[-1] for part in maps} == {part.shape[-1] // 2 for part in pool.features}
 
@@ -230,7 +241,7 @@ def test_a_training_that_was_interrupted_ends_with_the_same_weights(pool, tmp_pa
     taken, batch = [], Pool.batch
     monkeypatch.setattr(Pool, "batch", lambda self, *given: taken.append(1) or batch(self, *given))
     resumed = fit_network(pool, known, config, {}, last, "cpu")
-    assert len(taken) == 2 * config.reader.members  # steps 11 and 12
+    assert len(taken) == 2 * 2 * config.reader.members  # steps 11 and 12, both sides of the jaw
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
 
@@ -252,7 +263,7 @@ def test_each_network_begins_elsewhere_sees_other_crops_and_has_its_own_limit_of
     monkeypatch.setattr(
         nn.utils, "clip_grad_norm_", lambda weights, most: clipped.append(len(list(weights))) or clip([], most)
     )
-    config = config_for(steps=1, lr_warmup_steps=0, lr=1e-12)
+    config = config_for(steps=1, lr_warmup_steps=0, lr=1e-12, mirror=False)
     first, second = fit_network(pool, pool.statistics(config), config, {}, tmp_path / LAST, "cpu")
     assert len(asked) == 2 and asked[0] != asked[1]
     assert clipped == [len(list(first.parameters()))] * 2
@@ -305,7 +316,7 @@ def test_another_augmentation_or_other_pictures_make_another_reader(model):
 
 def test_thresholds_of_one_reader_are_not_taken_for_another(trained, model):
     _, config, reader = trained
-    other = dataclasses.replace(reader, network=ReaderEnsemble([ReaderNetwork([1], 8, (1,), 0.0)]))
+    other = dataclasses.replace(reader, network=ReaderEnsemble([ReaderNetwork([1], 8, (1,), 0.0, False)]))
     assert shaping(model, config, reader) != shaping(model, config, other)
 
 
@@ -326,8 +337,23 @@ def test_another_way_to_learn_takes_the_features_that_are_there_and_other_featur
     model, tmp_path, monkeypatch
 ):
     assert set(LEARNING) <= {field.name for field in dataclasses.fields(ReaderConfig)} | {"precision"}
-    learning = {"members": 1, "width": 4, "distances": (1,), "steps": 3, "crops": 2, "lr": 1e-4, "lr_warmup_steps": 1}
-    learning |= {"weight_decay": 0.0, "dropout": 0.0, "positive_weight": 1.0, "largest_deviation": 4.0}
+    learning = {
+        "members": 1,
+        "width": 4,
+        "distances": (1,),
+        "mirror": False,
+        "steps": 3,
+        "crops": 2,
+        "lr": 1e-4,
+        "lr_warmup_steps": 1,
+    }
+    learning |= {
+        "lr_warmup_steps": 1,
+        "weight_decay": 0.0,
+        "dropout": 0.0,
+        "positive_weight": 1.0,
+        "largest_deviation": 4.0,
+    }
     learning |= {"smallest_spread": 0.5, "alignment": 0.1}
     assert set(learning) == set(LEARNING) - {"precision"}
     made, examine = [], type(model).examine
@@ -396,21 +422,60 @@ def test_a_score_that_is_not_a_number_passes_for_nothing(trained, model):
         known.scores_of(seen_by(model), torch.full((2, 1, 128, 128), torch.nan), config)
 
 
-def test_a_verdict_hears_of_fifteen_places_to_every_side_and_no_further():
-    network = ReaderNetwork([3], 8, (1, 2, 4, 8), 0.0).eval()
+def heard_by_one_verdict(mirror):
+    """Rows and columns of the features that the verdict at row 32, column 12 of 64 depends on."""
+    network = ReaderNetwork([3], 8, (1, 2, 4, 8), 0.0, mirror).eval()
     inputs = torch.randn(1, 6, 64, 64, requires_grad=True)
-    network([inputs], positions((64, 64), [(0.0, 0.0, 1.0)], "cpu"))[0, 0, 32, 32].backward()
-    rows, columns = inputs.grad[0].abs().amax(0).nonzero().unbind(1)
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (17, 47, 17, 47)
+    opposite = [inputs.flip(-1)] if mirror else []
+    network([inputs], opposite, positions((64, 64), [(0.0, 0.0, 1.0)], "cpu"))[0, 0, 32, 12].backward()
+    rows, columns = (inputs.grad[0].abs().amax(0) > 0).nonzero().unbind(1)
+    return {*rows.tolist()}, {*columns.tolist()}
+
+
+def test_a_verdict_hears_of_fifteen_places_to_every_side_and_no_further():
+    rows, columns = heard_by_one_verdict(mirror=False)
+    assert (rows, columns) == (set(range(17, 48)), set(range(28)))
+
+
+def test_with_mirror_it_hears_of_the_other_side_and_one_place_further():
+    rows, columns = heard_by_one_verdict(mirror=True)
+    assert rows == set(range(16, 49)) and columns == set(range(28)) | set(range(63 - 28, 64))
 
 
 def test_the_network_has_no_way_to_see_beyond_its_inputs():
     """The same features at another place give another logit only through the position."""
-    network = ReaderNetwork([3], 8, (1, 2, 4, 8), 0.0).eval()
+    network = ReaderNetwork([3], 8, (1, 2, 4, 8), 0.0, False).eval()
     nn.init.zeros_(network.place.weight)
     flat, places = [torch.ones(1, 6, 40, 40)], positions((40, 40), [(0.0, 0.0, 1.0)], "cpu")
-    inner = network(flat, places)[0, 0, 16:-16, 16:-16]
+    inner = network(flat, [], places)[0, 0, 16:-16, 16:-16]
     torch.testing.assert_close(inner, inner[:1, :1].expand_as(inner))
+
+
+def test_training_and_reading_give_the_network_the_same_other_side(pool, model, tmp_path, monkeypatch):
+    """Of the whole image, and of a crop: its mirrored crop, turned round."""
+    config = config_for()
+    statistics, given = pool.statistics(config), []
+    monkeypatch.setattr(
+        ReaderNetwork, "forward", lambda self, own, opposite, places: given.append((own, opposite)) or places[:, :1]
+    )
+    network = ReaderEnsemble.untrained([part.centre.shape[1] for part in statistics], config.reader)
+    Reader(network, statistics, FeatureExtractor(config.reader, "cpu"), {}).logits(seen_by(model, 1))
+    (own, opposite), _ = given
+    for part, across in zip(own, opposite, strict=True):
+        assert torch.equal(across, part.flip(-1))
+    crop = (0.5, 0.25, 0.5)
+    whole = deviations(pool, statistics, [0], [WHOLE], config.reader)
+    other = deviations(pool, statistics, [0], [mirrored(crop)], config.reader)
+    for part, side in zip(whole, other, strict=True):
+        torch.testing.assert_close(side.flip(-1), cropped(part.flip(-1), crop))
+
+
+def test_without_mirror_nothing_of_the_other_side_is_read(pool, tmp_path, monkeypatch):
+    asked, batch = [], Pool.batch
+    monkeypatch.setattr(Pool, "batch", lambda self, *given: asked.append(given) or batch(self, *given))
+    config = config_for(steps=2, mirror=False)
+    network = fit_network(pool, pool.statistics(config), config, {}, tmp_path / LAST, "cpu")
+    assert len(asked) == 2 * config.reader.members and not any("across" in name for name in network.state_dict())
 
 
 def test_the_verdict_is_the_mean_of_networks_that_learnt_apart(trained, model):
