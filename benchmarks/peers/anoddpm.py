@@ -17,11 +17,11 @@ from anomaly import image_score
 from config import Config
 from peers.training import DEVICE, autocast, gradient_noise, on_device, train
 
-CHANNELS = {"cuda": (128, 128, 256, 384, 512), "cpu": (16, 32, 64, 64)}[DEVICE]
+CHANNELS = {"cuda": (128, 128, 256, 384, 512), "cpu": (8, 16, 32, 64)}[DEVICE]
 BATCH = {"cuda": 4, "cpu": 4}[DEVICE]
-STEPS = {"cuda": 40_000, "cpu": 2_500}[DEVICE]
+STEPS = {"cuda": 40_000, "cpu": 1_500}[DEVICE]
 LR = {"cuda": 1e-4, "cpu": 1e-3}[DEVICE]
-WALK = {"cuda": 250, "cpu": 10}[DEVICE]  # steps of the way back
+WALK = {"cuda": 250, "cpu": 5}[DEVICE]  # steps of the way back
 FAR, LENGTH = 250, 1000  # the step walked to, and all there are
 OCTAVES, PERSISTENCE = 6, 0.8
 COARSEST = 4  # cells to a side: 64 pixels each at 256

@@ -18,7 +18,7 @@ from peers.training import DEVICE, UNet, autocast, on_device, train
 
 WIDTH = {"cuda": 64, "cpu": 16}[DEVICE]
 BATCH = {"cuda": 16, "cpu": 4}[DEVICE]
-STEPS = {"cuda": 67_200, "cpu": 3_000}[DEVICE]
+STEPS = {"cuda": 67_200, "cpu": 1_500}[DEVICE]
 LR = {"cuda": 1e-4, "cpu": 1e-3}[DEVICE]
 NOISE = 0.4  # of [-1, 1]
 CELLS = 16  # of the coarse grid, to each side

@@ -16,9 +16,9 @@ from config import Config
 from model import ssim
 from peers.training import DEVICE, UNet, autocast, gradient_noise, on_device, train
 
-WIDTHS = {"cuda": (128, 64), "cpu": (16, 16)}[DEVICE]  # of the repairing and of the finding network
+WIDTHS = {"cuda": (128, 64), "cpu": (8, 8)}[DEVICE]  # of the repairing and of the finding network
 BATCH = {"cuda": 8, "cpu": 4}[DEVICE]
-STEPS = {"cuda": 17_500, "cpu": 1_500}[DEVICE]
+STEPS = {"cuda": 17_500, "cpu": 1_200}[DEVICE]
 LR = {"cuda": 1e-4, "cpu": 1e-3}[DEVICE]
 LEVELS = 5
 LARGEST_SCALE = 6  # of the noise, a power of two: up to 64 cells to a side

@@ -19,7 +19,7 @@ from peers.training import DEVICE, autocast, on_device, train
 
 CHANNELS = {"cuda": (128, 256, 512, 512), "cpu": (64, 128, 192)}[DEVICE]
 BATCH = {"cuda": 32, "cpu": 16}[DEVICE]
-STEPS = {"cuda": 50_000, "cpu": 3_000}[DEVICE]
+STEPS = {"cuda": 50_000, "cpu": 1_200}[DEVICE]
 LR = {"cuda": 1e-4, "cpu": 4e-4}[DEVICE]
 MOST_PATCHES, LARGEST = 8, 0.4  # spoilt patches of a latent, and the longest side as a share of its own
 TOP_SHARE = 0.001

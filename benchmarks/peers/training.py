@@ -1,7 +1,7 @@
 """How the peers beside this file that are trained learn: a UNet, gradient noise, and the loop over batches of normals.
 
-Each says its published settings for a GPU, and for a CPU the narrow network and the number of steps that fit into about
-as long as phases 1 to 4 take there: a fair chance in the same time, not what a GPU would make of it.
+Each says its published settings for a GPU, and for a CPU a narrow network and a number of steps that two cores manage
+in about a quarter of an hour, as long as the reader learns there: not what a GPU would make of it.
 """
 
 from collections.abc import Callable, Iterable
