@@ -48,6 +48,7 @@ TABLE = (
     ("calibration.blurs",             SAME,                    (0.008, 0.016, 0.032)),
     ("calibration.alignment",         SAME,                    0.024),
     ("reader.copies",                 2,                       2),
+    ("reader.mirror",                 SAME,                    False),  # phantoms' sides are drawn apart
     ("reader.members",                SAME,                    1),
     ("reader.steps",                  3_000,                   2_700),
     ("runtime.device",                "cpu",                   "cpu"),
