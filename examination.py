@@ -116,8 +116,9 @@ def reader_of(model: Normalizer, config: Config) -> Reader:
             return Reader.rebuild(stored, model.device)
         refuse_to_lose_the_backbone(stored, config, folder)
         print(f"the reader in {folder} belongs to other checkpoints or settings: trained anew")
-    listed = split_records(list_records(config.data.root, config.data.patient_from), config.data)
-    refuse_too_few(len(listed["val"]), "reader")  # now: to hear of it after the training would be late
+    if not (folder / "reader.json").is_file():  # now: to hear of it after the training would be late
+        listed = split_records(list_records(config.data.root, config.data.patient_from), config.data)["val"]
+        refuse_too_few(sum(not model.trained_on(record.patient, "") for record in listed), "reader")
     normals = read_normals(model, config, "train")
     with hold(folder, "reader"):
         return train_reader(model, normals.images, normals.pictures, config, folder)

@@ -82,8 +82,8 @@ class ReaderNetwork(nn.Module):
 
     A verdict hears of as many places to every side as the distances sum up to: whether a place belongs is a matter of
     what lies around it.
-    With `mirror` it also hears of the same place on the other side, and of the places around that one, since the two
-    sides are alike and align only roughly: what a jaw has on both sides is likely its own.
+    With `mirror` it also hears of the same place on the other side, and of the eight around that one in each map, since
+    the two sides are alike and align only roughly: what a jaw has on both sides is likely its own.
     Each map is brought to the hidden width where it is coarse and then enlarged, which is the same as the other way
     round, for a fraction of the work.
     """

@@ -179,12 +179,22 @@ def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
     asked = {"manifest_sha256": sha256(manifest), "flags": named}
     if row.startswith("reader"):
         asked["reader_recipe"] = RECIPE  # what no flag says: how today's code makes a reader
+    if row in PEERS:
+        asked["peer"] = peer_settings(row)
     if row in OURS and options.networks:
         trained = options.networks / "phase3_flowdiff/checkpoint_best.pt"
         if not trained.is_file():
             raise UsageError(f"--networks: {trained} is missing; it is the --outputs of phases 1 to 3")
         asked["flow_sha256"] = sha256(trained)
     return asked
+
+
+def peer_settings(row: str) -> dict:
+    """The numbers at the top of a peer's file, the device it is trained on among them."""
+    module = importlib.import_module(f"peers.{row}")
+    named = {name: value for name, value in vars(module).items() if name.isupper()}
+    plain = {name: value for name, value in named.items() if isinstance(value, (int, float, str, tuple))}
+    return json.loads(json.dumps(plain))  # as it will be read again
 
 
 def size_flags(size: int) -> list[str]:

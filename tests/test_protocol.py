@@ -105,9 +105,9 @@ def test_both_networks_of_draem_learn_and_say_a_probability():
     clean = torch.linspace(-0.6, 0.4, 32).repeat(8, 1, 16, 1)
     peer = peer_of("draem", steps=40)
     peer.textures = clean
-    before = peer._loss(clean).item()
+    before, found = peer._loss(clean).item(), peer.find.last.weight.clone()
     peer.fit(clean[:, 0].numpy())
-    assert peer._loss(clean).item() < 0.6 * before
+    assert peer._loss(clean).item() < 0.8 * before and not torch.equal(peer.find.last.weight, found)
     maps, scores = peer.score(clean[:, 0].numpy())
     assert maps.shape == (8, 16, 32) and maps.min() >= 0 and scores.max() <= maps.max() <= 1
 
@@ -116,9 +116,11 @@ def test_the_diffusion_of_pixels_learns_its_noise_and_examines_with_the_mean_of_
     normals = np.zeros((4, 16, 32), np.float32)
     peer = peer_of("anoddpm", steps=40)
     clean = torch.zeros(8, 1, 16, 32)
-    before = peer._loss(clean).item()
+    before, learning = peer._loss(clean).item(), peer.network
     peer.fit(normals)
-    assert peer._loss(clean).item() < 0.8 * before
+    assert peer._loss(clean).item() < 0.8 * before and peer.network is not learning
+    for averaged, last in zip(peer.network.parameters(), learning.parameters(), strict=True):
+        assert not torch.equal(averaged, last) or not last.grad.any()
     maps, scores = peer.score(normals)
     assert maps.shape == (4, 16, 32) and scores.shape == (4,) and np.isfinite(maps).all() and maps.min() >= 0
 
@@ -158,6 +160,38 @@ def test_the_way_back_of_a_known_image_is_that_image():
         truth = (z - anoddpm.kept[now].sqrt() * clean) / (1 - anoddpm.kept[now]).sqrt()
         z = anoddpm._back(z, truth, now, then)
     torch.testing.assert_close(z, clean, rtol=0, atol=1e-5)
+
+
+def test_an_image_that_the_diffusion_knows_comes_back_from_the_walk(monkeypatch):
+    anoddpm, x = peer_of("anoddpm"), np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
+
+    def knows(z, now):
+        kept = anoddpm.kept[now]
+        return SimpleNamespace(sample=(z - kept.sqrt() * torch.from_numpy(x)) / (1 - kept).sqrt())
+
+    anoddpm.network = knows
+    assert np.abs(anoddpm.score(x)[0]).max() < 1e-6
+
+
+def test_the_repairing_network_of_draem_hears_of_its_coarsest_level_alone():
+    draem = peer_of("draem")
+    assert draem.repair.up[0][0].in_channels == draem.repair.down[0][0].out_channels
+    assert draem.find.up[0][0].in_channels == 2 * draem.find.down[0][0].out_channels
+
+
+@pytest.mark.parametrize(("name", "size"), [("draem", 40), ("anoddpm", 60), ("latent_repair", 48)])
+def test_a_size_that_a_peer_cannot_halve_is_refused_at_once(name, size):
+    config = SimpleNamespace(vae=None, data=SimpleNamespace(height=size, width=size))
+    with pytest.raises(UsageError, match="needs a --size that divides by"):
+        getattr(importlib.import_module(f"peers.{name}"), detection.PEERS[name])(0, config)
+
+
+def test_a_part_of_a_peer_says_with_what_numbers_it_was_made(phantoms, tmp_path, monkeypatch):
+    options = SimpleNamespace(data=Path(phantoms.root), networks=None)
+    asked = detection.asked_for("denoising", options, [])
+    monkeypatch.setattr("peers.denoising.STEPS", 7)
+    assert asked["peer"]["DEVICE"] in ("cpu", "cuda") and detection.asked_for("denoising", options, []) != asked
+    assert "peer" not in detection.asked_for("plain", options, [])
 
 
 @needs_backbone

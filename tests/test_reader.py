@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,6 @@ from reader import (
     ReaderEnsemble,
     ReaderNetwork,
     cropped,
-    mirrored,
     positions,
     stored_reader,
 )
@@ -415,6 +415,18 @@ def test_maps_of_the_reader_are_in_standard_deviations_of_validation_normals(tra
     np.testing.assert_allclose(scores, known.score_fusion.score(readings_of(shown, beside, config)))
 
 
+def test_beside_the_reader_the_score_hears_the_plain_map_then_what_the_autoencoder_lost_both_calm(trained, model):
+    x, dot = torch.zeros(1, 1, 64, 64), torch.zeros(1, 1, 64, 64)
+    dot[..., 32, 32] = 1.0
+    _, config, reader = trained
+    for where, other in ((0, {"normal": dot, "reconstruction": x}), (1, {"normal": x, "reconstruction": dot})):
+        maps = maps_beside(SimpleNamespace(x=x, **other), config)[0]
+        assert maps[1 - where].abs().max() == 0 and maps[where].argmax() == 32 * 64 + 32
+        assert 0 < maps[where, 30, 32] < maps[where, 32, 32] < 0.5  # a pixel wide, it is hardly heard
+    known = calibrate(model, np.stack(normals(5)), config, reader)
+    assert known.score_fusion.weights == (1.0, config.reader.plain_weight, config.reader.residual_weight)
+
+
 def test_a_score_that_is_not_a_number_passes_for_nothing(trained, model):
     _, config, reader = trained
     known = calibrate(model, np.stack(normals(5)), config, reader)
@@ -452,22 +464,25 @@ def test_the_network_has_no_way_to_see_beyond_its_inputs():
 
 
 def test_training_and_reading_give_the_network_the_same_other_side(pool, model, tmp_path, monkeypatch):
-    """Of the whole image, and of a crop: its mirrored crop, turned round."""
-    config = config_for()
-    statistics, given = pool.statistics(config), []
+    """In training the part of the whole image's other side that lies across from the crop."""
+    config, given, asked = config_for(steps=1, members=1, crops=1), [], []
+    statistics, forward, batch = pool.statistics(config), ReaderNetwork.forward, Pool.batch
     monkeypatch.setattr(
-        ReaderNetwork, "forward", lambda self, own, opposite, places: given.append((own, opposite)) or places[:, :1]
+        ReaderNetwork, "forward", lambda self, *inputs: given.append(inputs[:2]) or forward(self, *inputs)
     )
     network = ReaderEnsemble.untrained([part.centre.shape[1] for part in statistics], config.reader)
     Reader(network, statistics, FeatureExtractor(config.reader, "cpu"), {}).logits(seen_by(model, 1))
-    (own, opposite), _ = given
+    own, opposite = given.pop(0)
     for part, across in zip(own, opposite, strict=True):
         assert torch.equal(across, part.flip(-1))
-    crop = (0.5, 0.25, 0.5)
-    whole = deviations(pool, statistics, [0], [WHOLE], config.reader)
-    other = deviations(pool, statistics, [0], [mirrored(crop)], config.reader)
-    for part, side in zip(whole, other, strict=True):
-        torch.testing.assert_close(side.flip(-1), cropped(part.flip(-1), crop))
+    monkeypatch.setattr(Pool, "batch", lambda self, *chosen: asked.append(chosen) or batch(self, *chosen))
+    fit_network(pool, statistics, config, {}, tmp_path / LAST, "cpu")
+    (rows, (crop,)), own, opposite = asked[0], *given[-1]
+    assert crop[1] != 0.25  # else a crop would be its own mirror
+    whole = deviations(pool, statistics, rows, [WHOLE], config.reader)
+    for seen, across, part in zip(own, opposite, whole, strict=True):
+        torch.testing.assert_close(seen, cropped(part, crop))
+        torch.testing.assert_close(across, cropped(part.flip(-1), crop))
 
 
 def test_without_mirror_nothing_of_the_other_side_is_read(pool, tmp_path, monkeypatch):

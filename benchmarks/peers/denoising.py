@@ -3,13 +3,13 @@
 Gaussian noise of 0.2 of the grey range, drawn on a coarse grid and enlarged, is added; a UNet with skip connections
 learns to give back the clean image under a squared error (Adam with amsgrad). It examines radiographs as they are; the
 map is the absolute difference under a median filter of 5 pixels. On a GPU as published: 64 channels, 16 images a step,
-67,200 steps at 1e-4.
+67,200 steps at 1e-4. Its mask of the head has no counterpart here: a panoramic fills its frame.
 """
 
 import numpy as np
 import torch
 from scipy.ndimage import median_filter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomaly import image_score
@@ -31,7 +31,7 @@ class Denoising:
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
         self.steps, self.random = steps, torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        self.network = on_device(UNet(1, 1, WIDTH, levels=4))
+        self.network = on_device(UNet(1, 1, WIDTH, 4, norm=lambda channels: nn.GroupNorm(8, channels)))
 
     def fit(self, normals: np.ndarray) -> None:
         """Train the network."""

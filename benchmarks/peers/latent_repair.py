@@ -1,9 +1,10 @@
 """Latent repair in one step, after REFLECT (Beizaee et al. 2025) and DeCo-Diff (Beizaee et al., CVPR 2025).
 
-In the latent of the pretrained autoencoder, not fine-tuned, patches are replaced by noise or by another normal's. A
+In the latent of the pretrained autoencoder, not fine-tuned, patches are blended with noise or with another normal's. A
 UNet learns the straight way from what was spoilt back to what was there (a rectified flow, its time drawn at random)
-and repairs a radiograph by one step of the whole way. The map is the geometric mean of what changed in the image and of
-what changed in the latent; the score the mean of its highest values.
+and repairs a radiograph by one step of the whole way, as in REFLECT. The map is, as in DeCo-Diff, the geometric mean of
+what changed in the image and of what changed in the latent, here neither clipped nor blurred alike; the score is the
+mean of its highest values. Sizes of network and training are ours.
 """
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from anomaly import image_score
 from config import Config
 from model import pretrained_vae
-from peers.training import DEVICE, autocast, on_device, train
+from peers.training import DEVICE, autocast, on_device, refuse_size, train
 
 CHANNELS = {"cuda": (128, 256, 512, 512), "cpu": (64, 128, 192)}[DEVICE]
 BATCH = {"cuda": 32, "cpu": 16}[DEVICE]
@@ -29,6 +30,7 @@ class LatentRepair:
     """What one step towards normal latents changes."""
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
+        refuse_size(config, 8 * 2 ** (len(CHANNELS) - 1), "latent repair")
         self.steps, self.random = steps, torch.Generator().manual_seed(seed)
         self.seed = seed
         self.vae = pretrained_vae(config.vae).to(DEVICE).requires_grad_(False).eval()

@@ -1,7 +1,8 @@
 """How the peers beside this file that are trained learn: a UNet, gradient noise, and the loop over batches of normals.
 
-Each says its published settings for a GPU, and for a CPU a narrow network and a number of steps that two cores manage
-in about a quarter of an hour, as long as the reader learns there: not what a GPU would make of it.
+Each says what it is on a GPU, with the settings of its paper where that gives them, and for a CPU a narrow network and
+a number of steps that two cores manage in about a quarter of an hour, as long as the reader learns there: not what a
+GPU would make of it. They take the GPU where there is one.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from checks import UsageError
+from config import Config
 from runtime import multiplies_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,15 +74,27 @@ def gradient_noise(count: int, size: tuple[int, int], cells: tuple[int, int], ra
     return 2**0.5 * torch.lerp(above, below, fade_y.expand(size)).unsqueeze(1)
 
 
-class UNet(nn.Module):
-    """Images (B, inputs, H, W) to (B, outputs, H, W); `levels` resolutions, twice as many channels at each."""
+def refuse_size(config: Config, divisor: int, name: str) -> None:
+    """UsageError for images that a network cannot halve as often as it does."""
+    if config.data.height % divisor or config.data.width % divisor:
+        raise UsageError(f"{name} needs a --size that divides by {divisor}")
 
-    def __init__(self, inputs: int, outputs: int, width: int, levels: int):
+
+class UNet(nn.Module):
+    """Images (B, inputs, H, W) to (B, outputs, H, W); `levels` resolutions, twice as many channels at each.
+
+    norm is a layer for a number of channels; without skips the way up hears of the coarsest level alone.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, width: int, levels: int, norm: Callable[[int], nn.Module], skips: bool = True
+    ):
         super().__init__()
+        self.skips = skips
         widths = [width * 2**level for level in range(levels)]
-        self.down = nn.ModuleList([_block(i, o) for i, o in zip([inputs, *widths], widths, strict=False)])
+        self.down = nn.ModuleList([_block(i, o, norm) for i, o in zip([inputs, *widths], widths, strict=False)])
         self.grow = nn.ModuleList([nn.ConvTranspose2d(2 * each, each, 2, stride=2) for each in widths[:-1]])
-        self.up = nn.ModuleList([_block(2 * each, each) for each in widths[:-1]])
+        self.up = nn.ModuleList([_block((1 + skips) * each, each, norm) for each in widths[:-1]])
         self.last = nn.Conv2d(width, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,12 +103,12 @@ class UNet(nn.Module):
             x = block(F.max_pool2d(x, 2) if number else x)
             kept.append(x)
         for skip, grow, block in reversed(list(zip(kept, self.grow, self.up, strict=False))):
-            x = block(torch.cat([skip, grow(x)], dim=1))
+            x = block(torch.cat([skip, grow(x)], dim=1) if self.skips else grow(x))
         return self.last(x)
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
+def _block(inputs: int, outputs: int, norm: Callable[[int], nn.Module]) -> nn.Sequential:
     layers = []
     for entering in (inputs, outputs):
-        layers += [nn.Conv2d(entering, outputs, 3, padding=1), nn.GroupNorm(8, outputs), nn.SiLU()]
+        layers += [nn.Conv2d(entering, outputs, 3, padding=1), norm(outputs), nn.SiLU()]
     return nn.Sequential(*layers)
