@@ -34,7 +34,7 @@ from reader import Reader
 from standardization import NormalViews, PixelStatistics, features
 
 FORMAT = 5  # of METHOD.json; another is made anew
-CALM = 0.02  # blur of a map beside the reader's, a share of the height: about as wide as metal, chosen with its weight
+CALM = 0.016  # blur of a map beside the reader's, a share of the height: about as wide as metal, chosen with its weight
 NEEDED = {"plain": 1, "statistical": 2, "reader": 3}  # validation normals that each method needs
 FEW_NORMALS = 20  # below, each left-out normal moves the statistics of the others
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above

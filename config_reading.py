@@ -82,7 +82,7 @@ class ReaderConfig:
     # what an image's score hears beside the reader, whose weight is 1: second eyes for metal, which no corruption looks
     # like. Both in standard deviations of normals; chosen on phantoms of seeds 8 and 9, which no table reports
     plain_weight: float = 0.25  # of the plain map
-    residual_weight: float = 1.0  # of |x - dec(enc(x))|
+    residual_weight: float = 0.75  # of |x - dec(enc(x))|
     smallest_corruption: float = 0.004  # radius of a corruption as a share of the height, log-uniform from here
     largest_corruption: float = 0.12  # up to here
     fewest_corruptions: int = 4  # in one image, at least
