@@ -11,6 +11,8 @@ differs from the one without by more than `MASK_THRESHOLD` grey levels of [0, 1]
 import multiprocessing
 import os
 import sys
+import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -166,16 +168,24 @@ def write_dataset(
     work = partial(_write_one, out, seed, height, width, file_format)
     processes = min(workers or os.cpu_count() or 1, max(1, len(plan)))
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),)) as pool:
         mapped = map(work, plan) if processes == 1 else pool.map(work, plan, chunksize=4)
         rows = list(tqdm(mapped, total=len(plan), desc="phantoms", unit="image"))
     write_csv(manifest, ["image", "split", "label", "kind", "mask", "patient"], rows)
     return manifest
 
 
-def _one_thread() -> None:
-    """Processes share the cores already: BLAS threads on top of them would only wait for each other."""
+def _begin(parent: int) -> None:
+    """A process that ends with its parent, and shares the cores without BLAS threads that would wait for each other."""
     threadpool_limits(1)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """A parent that was killed tells nobody: its children would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _write_one(

@@ -1,11 +1,16 @@
 """Synthetic radiographs: reproducible, lesions confined to their masks, files that other programs read."""
 
 import csv
+import subprocess
+import sys
+import time
 
 import numpy as np
+import psutil
 import pydicom
 import pytest
 from PIL import Image
+from pipeline import ROOT
 from scipy.ndimage import binary_dilation
 
 from checks import UsageError
@@ -239,3 +244,15 @@ def test_an_old_manifest_does_not_outlive_the_pictures_it_lists(tmp_path, monkey
     with pytest.raises(MemoryError):
         write_dataset(tmp_path, 1, 0, 0, 0)
     assert not (tmp_path / "manifest.csv").exists()
+
+
+def test_processes_that_draw_end_with_the_one_that_was_killed(tmp_path):
+    command = [sys.executable, "-m", "phantoms.phantom", "--out", str(tmp_path), "--train", "2000", "--workers", "2"]
+    run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not any((tmp_path / "images").glob("*")) and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    drawing = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    run.wait()
+    assert len(drawing) >= 2 and not psutil.wait_procs(drawing, timeout=60)[1]
