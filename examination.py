@@ -19,7 +19,7 @@ from files import hold
 from normalizer import Normalizer
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from reader import Reader, stored_reader
-from reader_training import READER, reader_identity, train_reader
+from reader_training import READER, RECIPE, reader_identity, train_reader
 from runtime import start
 
 
@@ -77,8 +77,14 @@ def refuse_known_content(model: Normalizer, sample: Sample, index: int, config: 
 
 def calibration_of(model: Normalizer, config: Config) -> Calibration:
     """What normals say: read where it was made for these checkpoints and settings, made and saved otherwise."""
-    folder, method = Path(config.inference.calibration), config.inference.method
-    reader = reader_of(model, config) if method == "reader" else None
+    folder, method, normals = Path(config.inference.calibration), config.inference.method, None
+    reader = kept_reader(model, config) if method == "reader" else None
+    if method == "reader" and reader is None:
+        normals = read_normals(
+            model, config, "val"
+        )  # now: to hear after the training that they are too few would be late
+        refuse_too_few(len(normals.images), method)
+        reader = new_reader(model, config)
     known = Calibration.load(folder, method, reader)
     if known is not None and known.belongs_to == shaping(model, config, reader):
         print(
@@ -88,7 +94,7 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
         return known
     if known is not None:
         print(f"the calibration in {folder} belongs to other checkpoints or settings: made anew")
-    normals = read_normals(model, config, "val")
+    normals = normals or read_normals(model, config, "val")
     made = replace(calibrate(model, normals.images, config, reader), file_sizes=normals.file_sizes)
     made.save(folder)
     return made
@@ -107,18 +113,30 @@ def refuse_to_lose_the_backbone(stored: dict, config: Config, folder: Path) -> N
 
 def reader_of(model: Normalizer, config: Config) -> Reader:
     """The reader: read where it was trained for these checkpoints and settings, trained and saved otherwise."""
+    return kept_reader(model, config) or new_reader(model, config)
+
+
+def kept_reader(model: Normalizer, config: Config) -> Reader | None:
+    """The reader that was trained for these checkpoints and settings; None where there is none."""
     folder = Path(config.inference.calibration)
     path = folder / READER
-    if path.is_file():
-        stored = stored_reader(path)
-        if stored["belongs_to"] == reader_identity(model, config, stored["belongs_to"].get("pictures", "")):
-            print(f"reader read from {path}")
-            return Reader.rebuild(stored, model.device)
-        refuse_to_lose_the_backbone(stored, config, folder)
-        print(f"the reader in {folder} belongs to other checkpoints or settings: trained anew")
-    if not (folder / "reader.json").is_file():  # now: to hear of it after the training would be late
-        listed = split_records(list_records(config.data.root, config.data.patient_from), config.data)["val"]
-        refuse_too_few(sum(not model.trained_on(record.patient, "") for record in listed), "reader")
+    if not path.is_file():
+        return None
+    stored = stored_reader(path)
+    known = stored["belongs_to"]
+    if known == reader_identity(model, config, known.get("pictures", "")):
+        print(f"reader read from {path}")
+        return Reader.rebuild(stored, model.device)
+    refuse_to_lose_the_backbone(stored, config, folder)
+    earlier = known.get("recipe") != RECIPE
+    why = "was made by another version of this code" if earlier else "belongs to other checkpoints or settings"
+    print(f"the reader in {folder} {why}: trained anew")
+    return None
+
+
+def new_reader(model: Normalizer, config: Config) -> Reader:
+    """A reader, trained and saved."""
+    folder = Path(config.inference.calibration)
     normals = read_normals(model, config, "train")
     with hold(folder, "reader"):
         return train_reader(model, normals.images, normals.pictures, config, folder)

@@ -6,6 +6,7 @@
     --size 256            pixels of G's side, and of the peers' images
     --networks FOLDER     --outputs of phases 1 to 3 that are trained already; without it, they are run
     --outputs FOLDER      where networks and maps go; what is there already is taken up, so that a killed run goes on
+                          (a peer begins anew)
     --results FOLDER      where each finished part is kept as JSON, and the table of all parts as table.md
     FLAGS                 anything else goes to the four phases, such as --preset cpu --vae.pretrained MODELS/taesd
 
@@ -146,9 +147,12 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     """One method under one seed: run, judged, and kept; taken as it is where it was kept before."""
     path, asked = part_file(row, seed, options), asked_for(row, options, flags)
     if path.is_file():
-        if read_part(path)["asked"] != asked:
+        kept = read_part(path)["asked"]
+        other = [name for name in sorted({*kept, *asked}) if kept.get(name) != asked.get(name)]
+        if other:
             raise UsageError(
-                f"{path.name} is of other radiographs, networks or flags: remove it, or choose another --results"
+                f"{path.name} is of other radiographs, networks, flags or code ({', '.join(other)}): remove it, or "
+                "choose another --results"
             )
         print(f"{row}, seed {seed}: there already ({path.name}; remove it to run it again)")
         return

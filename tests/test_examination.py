@@ -17,14 +17,16 @@ from config import Config, DataConfig, InferenceConfig
 from config_reading import ReaderConfig
 from dataset import read_sample
 from examination import (
+    calibration_of,
+    kept_reader,
     read_normals,
-    reader_of,
     records_to_examine,
     refuse_known_content,
     refuse_to_lose_the_backbone,
 )
 from inference import begin, figures_to_draw, publish, refuse_to_write_among
 from radiographs.manifest import Record, list_records, split_records
+from reader_training import RECIPE
 from reporting.lookup import LOOKUP, Pseudonyms
 
 
@@ -122,12 +124,35 @@ def test_a_reader_with_a_backbone_does_not_give_way_to_one_without_for_want_of_a
     refuse_to_lose_the_backbone(stored, without, study / "calibration")
 
 
-def test_too_few_validation_normals_are_told_before_the_reader_is_trained(study, monkeypatch):
-    rows = (study / "manifest.csv").read_text().replace("images/4.png,val", "images/4.png,test")
-    (study / "manifest.csv").write_text(rows)
+@pytest.mark.parametrize("why", ["listed", "trained", "unreadable"])
+def test_too_few_validation_normals_are_told_before_the_reader_is_trained(why, study, monkeypatch):
+    """Whatever the calibration's folder holds: a reader that is there is not lost."""
+    patients = ["P0", "P1"]
+    if why == "listed":
+        rows = (study / "manifest.csv").read_text().replace("images/4.png,val", "images/4.png,test")
+        (study / "manifest.csv").write_text(rows)
+    elif why == "trained":
+        patients.append("P4")
+    else:
+        (study / "images/4.png").write_bytes(b"no picture")
+    config = config_of(study, method="reader")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_bad_share=0.9))
+    Path(config.inference.calibration).mkdir(parents=True, exist_ok=True)
+    (Path(config.inference.calibration) / "reader.json").write_text("{}")
     monkeypatch.setattr("examination.train_reader", lambda *given: pytest.fail("trained before it was looked"))
     with pytest.raises(UsageError, match="method reader needs 3 and there are 2"):
-        reader_of(model_that_trained_on("P0", "P1"), config_of(study, method="reader"))
+        calibration_of(model_that_trained_on(*patients), config)
+
+
+def test_a_reader_of_an_earlier_version_is_called_that(study, monkeypatch, capsys):
+    config = config_of(study, method="reader")
+    Path(config.inference.calibration).mkdir(parents=True, exist_ok=True)
+    (Path(config.inference.calibration) / "reader.pt").write_bytes(b"")
+    for recipe, said in ((5, "was made by another version of this code"), (RECIPE, "belongs to other checkpoints")):
+        stored = {"belongs_to": {"recipe": recipe, "backbone": "none"}}
+        monkeypatch.setattr("examination.stored_reader", lambda path, stored=stored: stored)
+        model = SimpleNamespace(identity={})
+        assert kept_reader(model, config) is None and said in capsys.readouterr().out
 
 
 def test_g_sees_the_normals_of_the_reader_as_it_saw_them_in_training(study):

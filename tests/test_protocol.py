@@ -281,7 +281,7 @@ def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
         if change == "data":
             (tmp_path / "manifest.csv").write_text("image,label\n")
         flags = ["--vae.lr", "1e-4"] if change == "flags" else ["--vae.pretrained", "/somewhere/taesd"]
-        with pytest.raises(UsageError, match="is of other radiographs, networks or flags"):
+        with pytest.raises(UsageError, match="is of other radiographs, networks, flags or code"):
             detection.run_part("plain", 3, options, flags)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from anomaly import image_score
+from checks import UsageError
 from config import Config
 from model import pretrained_vae
 from peers.training import DEVICE, autocast, on_device, refuse_size, train
@@ -33,6 +34,10 @@ class LatentRepair:
         refuse_size(config, 8 * 2 ** (len(CHANNELS) - 1), "latent repair")
         self.steps, self.random = steps, torch.Generator().manual_seed(seed)
         self.seed = seed
+        if config.vae.pretrained == "scratch":
+            raise UsageError(
+                "latent repair needs a pretrained autoencoder: give --vae.pretrained a folder or a hub name"
+            )
         self.vae = pretrained_vae(config.vae).to(DEVICE).requires_grad_(False).eval()
 
     def fit(self, normals: np.ndarray) -> None:
