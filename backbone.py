@@ -56,7 +56,7 @@ class Backbone(nn.Module):
 
 
 def fold_normalization(network: Backbone) -> None:
-    """What a frozen normalization does, done by the convolution before it: the same numbers in 0.6 of the time."""
+    """What a frozen normalization does, done by the convolution before it: the same numbers, sooner."""
     network.stem[0], network.stem[1] = fuse_conv_bn_eval(network.stem[0], network.stem[1]), nn.Identity()
     for block in network.blocks:
         for convolution, normalization in (

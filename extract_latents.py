@@ -32,6 +32,7 @@ from runtime import plain, run_script, start, without
 
 
 def main() -> None:
+    """Phase 2, from the command line."""
     command = parse_command(__doc__)
     settings, out = command.config.latent, Path(command.config.latent.output)
     checkpoint = load_checkpoint(settings.vae_checkpoint, "vae", "python train_vae.py")

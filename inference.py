@@ -71,6 +71,7 @@ class Findings:
 
 
 def main() -> None:
+    """Phase 4, from the command line."""
     model, config = open_normalizer(parse_command(__doc__))
     settings = config.inference
     records = records_to_examine(model, config)

@@ -74,6 +74,7 @@ SAMPLING_STEPS = 25
 
 
 def main() -> None:
+    """Phase 3, from the command line: the method, top to bottom."""
     command = parse_command(__doc__)
     settings, out = command.config.flowdiff, Path(command.config.flowdiff.output)
     vae_checkpoint = load_checkpoint(settings.vae_checkpoint, "vae", "python train_vae.py")

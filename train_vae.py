@@ -63,6 +63,7 @@ GRID_IMAGES = 8
 
 
 def main() -> None:
+    """Phase 1, from the command line, top to bottom."""
     command = parse_command(__doc__)
     config = command.config
     settings, seed, out = config.vae, config.runtime.seed, Path(config.vae.output)

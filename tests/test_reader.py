@@ -345,7 +345,6 @@ def test_another_way_to_learn_takes_the_features_that_are_there_and_other_featur
         "steps": 3,
         "crops": 2,
         "lr": 1e-4,
-        "lr_warmup_steps": 1,
     }
     learning |= {
         "lr_warmup_steps": 1,

@@ -11,15 +11,14 @@ import copy
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 
 from anomaly import image_score
 from config import Config
-from peers.training import DEVICE, autocast, gradient_noise, on_device, refuse_size, train
+from peers.training import DEVICE, autocast, gradient_noise, refuse_size, timed_unet, train
 
 CHANNELS = {"cuda": (128, 128, 256, 384, 512), "cpu": (8, 16, 32, 64)}[DEVICE]
-BATCH = {"cuda": 4, "cpu": 4}[DEVICE]
+BATCH = 4
 STEPS = {"cuda": 40_000, "cpu": 1_500}[DEVICE]
 LR = {"cuda": 1e-4, "cpu": 1e-3}[DEVICE]
 WALK = {"cuda": 250, "cpu": 5}[DEVICE]  # steps of the way back
@@ -37,17 +36,7 @@ class Anoddpm:
         refuse_size(config, 2 ** (len(CHANNELS) - 1), "AnoDDPM")
         self.steps, self.random = steps, torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
-        plain = len(CHANNELS)
-        network = UNet2DModel(
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=CHANNELS,
-            layers_per_block=1,
-            norm_num_groups=4,
-            down_block_types=("DownBlock2D",) * plain,
-            up_block_types=("UpBlock2D",) * plain,
-        )
-        self.network = on_device(network)
+        self.network = timed_unet(1, CHANNELS, groups=4)
         self.kept = (1 - torch.linspace(1e-4, 0.02, LENGTH)).cumprod(0)  # share of the image's variance at each step
 
     def fit(self, normals: np.ndarray) -> None:
@@ -61,7 +50,7 @@ class Anoddpm:
                 torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - EMA)
 
         optimizer.register_step_post_hook(average)
-        train(parameters, optimizer, self._loss, normals, BATCH, self.steps, self.random, "AnoDDPM")
+        train(optimizer, self._loss, normals, BATCH, self.steps, self.random, "AnoDDPM")
         self.network = averaged.eval()
 
     def _loss(self, clean: Tensor) -> Tensor:

@@ -35,9 +35,8 @@ class Denoising:
 
     def fit(self, normals: np.ndarray) -> None:
         """Train the network."""
-        parameters = list(self.network.parameters())
-        optimizer = torch.optim.Adam(parameters, lr=LR, amsgrad=True, weight_decay=1e-5)
-        train(parameters, optimizer, self._loss, normals, BATCH, self.steps, self.random, "denoising autoencoder")
+        optimizer = torch.optim.Adam(self.network.parameters(), lr=LR, amsgrad=True, weight_decay=1e-5)
+        train(optimizer, self._loss, normals, BATCH, self.steps, self.random, "denoising autoencoder")
         self.network.eval()
 
     def _loss(self, clean: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ mean of its highest values. Sizes of network and training are ours.
 
 import numpy as np
 import torch
-from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,7 +16,8 @@ from anomaly import image_score
 from checks import UsageError
 from config import Config
 from model import pretrained_vae
-from peers.training import DEVICE, autocast, on_device, refuse_size, train
+from peers.frozen import in_batches
+from peers.training import DEVICE, autocast, refuse_size, timed_unet, train
 
 CHANNELS = {"cuda": (128, 256, 512, 512), "cpu": (64, 128, 192)}[DEVICE]
 BATCH = {"cuda": 32, "cpu": 16}[DEVICE]
@@ -42,25 +42,14 @@ class LatentRepair:
 
     def fit(self, normals: np.ndarray) -> None:
         """Encode the normals, and train the network on their latents."""
-        latents = torch.cat([self._encode(normals[first : first + 8]) for first in range(0, len(normals), 8)])
+        latents = in_batches(self._encode, normals)
         self.mean, self.std = latents.mean((0, 2, 3), keepdim=True), latents.std((0, 2, 3), keepdim=True)
         self.normal = (latents - self.mean) / self.std
         torch.manual_seed(self.seed)
-        channels, plain = self.normal.shape[1], len(CHANNELS)
-        network = UNet2DModel(
-            in_channels=channels,
-            out_channels=channels,
-            block_out_channels=CHANNELS,
-            layers_per_block=1,
-            norm_num_groups=16,
-            down_block_types=("DownBlock2D",) * plain,
-            up_block_types=("UpBlock2D",) * plain,
-        )
-        self.network = on_device(network)
-        parameters = list(self.network.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=LR)
+        self.network = timed_unet(self.normal.shape[1], CHANNELS, groups=16)
+        optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR)
         rows = np.arange(len(self.normal))
-        train(parameters, optimizer, self._loss, rows, BATCH, self.steps, self.random, "latent repair")
+        train(optimizer, self._loss, rows, BATCH, self.steps, self.random, "latent repair")
         self.network.eval()
 
     def _loss(self, rows: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """How the peers beside this file that are trained learn: a UNet, gradient noise, and the loop over batches of normals.
 
 Each says what it is on a GPU, with the settings of its paper where that gives them, and for a CPU a narrow network and
-a number of steps that two cores manage in about a quarter of an hour, as long as the reader learns there: not what a
-GPU would make of it. They take the GPU where there is one.
+a number of steps that take one core about half an hour, as long as the reader takes there: not what a GPU would make
+of it. They take the GPU where there is one.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -31,7 +32,6 @@ def autocast() -> torch.autocast:
 
 
 def train(
-    parameters: Iterable[Tensor],
     optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Tensor], Tensor],
     images: np.ndarray,
@@ -42,7 +42,8 @@ def train(
 ) -> None:
     """`steps` steps on batches of (N, H, W) drawn with replacement, the learning rate falling as a cosine."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    everyone, parameters = torch.from_numpy(images).unsqueeze(1), list(parameters)
+    everyone = torch.from_numpy(images).unsqueeze(1)
+    parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
     with tqdm(range(steps), desc=name, unit="step") as progress:
         for step in progress:
             rows = torch.randint(len(everyone), (batch,), generator=random)
@@ -72,6 +73,20 @@ def gradient_noise(count: int, size: tuple[int, int], cells: tuple[int, int], ra
     above = torch.lerp(reach(0, 0), reach(0, 1), fade_x.expand(size))
     below = torch.lerp(reach(1, 0), reach(1, 1), fade_x.expand(size))
     return 2**0.5 * torch.lerp(above, below, fade_y.expand(size)).unsqueeze(1)
+
+
+def timed_unet(channels: int, widths: tuple[int, ...], groups: int) -> UNet2DModel:
+    """A UNet that is told a time: (B, channels, H, W) to the same, one layer per resolution, without attention."""
+    network = UNet2DModel(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        layers_per_block=1,
+        norm_num_groups=groups,
+        down_block_types=("DownBlock2D",) * len(widths),
+        up_block_types=("UpBlock2D",) * len(widths),
+    )
+    return on_device(network)
 
 
 def refuse_size(config: Config, divisor: int, name: str) -> None:
