@@ -12,6 +12,12 @@ What a folder holds already of the same VAE, radiographs and settings is not mad
 Look for: standardized mean near 0 and std near 1 on the validation rows too, and a short list of outliers.
 """
 
+if __name__ == "__main__":
+    import interruption
+
+    interruption.begin()  # first: a signal may come during the imports below, too
+
+
 import pickle
 from pathlib import Path
 
@@ -25,6 +31,7 @@ from command_line import parse_command
 from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, LatentConfig
 from dataset import RadiographDataset, open_normals
 from files import load_checkpoint, sha256, write_atomically, write_json
+from interruption import ignore_signals
 from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
 from radiographs.membership import Membership
@@ -163,7 +170,9 @@ def encode_to_file(
             np.lib.format.write_array_header_1_0(file, header)
             for images, wanted in parts:
                 workers = config.data.num_workers if wanted else 0
-                loader = DataLoader(images, config.latent.batch_size, sampler=wanted, num_workers=workers)
+                loader = DataLoader(
+                    images, config.latent.batch_size, sampler=wanted, num_workers=workers, worker_init_fn=ignore_signals
+                )
                 for batch in loader:
                     mean, _ = vae.encode(batch["image"].to(device))
                     file.write(mean.float().cpu().numpy().astype("<f4").tobytes())

@@ -25,6 +25,12 @@ image. Labels are used for metrics.json and nothing else. Look for: lesions brig
 scores of normals near those of the validation normals.
 """
 
+if __name__ == "__main__":
+    import interruption
+
+    interruption.begin()  # first: a signal may come during the imports below, too
+
+
 import os
 import shutil
 from dataclasses import dataclass, field

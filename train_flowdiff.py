@@ -16,10 +16,15 @@ Look for: loss_diff and loss_flow falling and then flat, samples that look like 
 teeth and fillings.
 """
 
+if __name__ == "__main__":
+    import interruption
+
+    interruption.begin()  # first: a signal may come during the imports below, too
+
+
 from collections.abc import Callable
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,30 +37,29 @@ from checks import UsageError
 from command_line import CommandLine, parse_command
 from config import Config, FlowDiffTrainingConfig
 from files import RunIdentity, load_checkpoint, remove_files, resume_point, save_checkpoint, sha256, write_json
+from flowdiff_batch import draw
 from flowdiff_loss import (
     generative_loss,
     identity_loss,
-    identity_places,
     lambda_identity,
     loss_by_time,
     stratified_times,
 )
 from flowdiff_model import FlowDiffUNet
 from flowdiff_process import Predict, normalizer, sample, two_heads
+from interruption import Steps, continues, remember
 from latent_dataset import LatentDataset, read_latents_json
 from model import rebuild_vae
 from reporting.figures import save_curves, save_grid
+from run_log import Meter, RunLog, read_log
 from runtime import (
     EMA,
-    Meter,
-    RunLog,
     StepGuard,
+    all_stop,
     generator,
     learning_rate,
-    own_part,
     plain,
     precision_of,
-    read_log,
     run_script,
     set_learning_rate,
     start,
@@ -105,6 +109,7 @@ def main() -> None:
         if competes(last["best_step"], settings):  # it may not, under another schedule
             best, best_step = last["best"], last["best_step"]
         accelerator.print(f"continuing from step {step} of {total_steps} (--runtime.resume False starts anew)")
+        remember(continues(step, total_steps))
     elif main_process:
         print(f"starting anew in {out}")
         remove_files(out, FILES_OF_A_RUN)
@@ -129,10 +134,11 @@ def main() -> None:
     if main_process:
         write_json(out / "config.json", plain(config))
 
+    steps = Steps()
     progress = tqdm(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)
     meter = Meter()
     model.train()
-    for z in progress:
+    for z in steps.of(progress):
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total_steps))
         step += 1
         torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
@@ -157,7 +163,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         meter.add({}, images=len(z) * accelerator.num_processes)
 
-        ends = step == total_steps
+        ends, stopping = step == total_steps, all_stop(steps, accelerator)
         if step % settings.log_every == 0 or ends:
             now = {"lambda_id": lambda_id, "lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
             means = meter.flush() | now
@@ -177,11 +183,12 @@ def main() -> None:
             keep("checkpoint_generative.pt", {})
         if step % settings.sample_every == 0 or ends:
             draw_samples(ema.module, validation, decode, config, step)
-        if step % options.checkpoint_every == 0 or ends:
+        if step % options.checkpoint_every == 0 or ends or stopping:
             guard.check(step, network.state_dict())
             state = {"weights": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"step": step, "best": best, "best_step": best_step, "skipped_steps": guard.skipped}
             save_checkpoint(out / "checkpoint_last.pt", "flowdiff-training", state | {"identity": identity.plain()})
+            remember(continues(step, total_steps))
     accelerator.wait_for_everyone()
     log.close()
     if main_process:
@@ -230,32 +237,6 @@ def hand_on(config: Config, vae_checkpoint: dict, description: dict, vae_sha256:
         "std": description["std"],
         "vae_sha256": vae_sha256,
     }
-
-
-class Batch(NamedTuple):
-    """This process's latents of one step with all their randomness, on the device."""
-
-    z: Tensor  # (B, C, h, w)
-    noise: Tensor
-    t: Tensor  # (B,)
-    seen: Tensor  # those of z that the identity loss sees
-    walk: Tensor  # the noise of their way out
-    seen_weight: float  # so that the mean over all processes is the mean over all that are seen
-
-
-def draw(z: Tensor, step: int, config: Config, accelerator: Accelerator) -> Batch:
-    """Drawn for the batch of all processes together, then parted: how many share it changes nothing."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    whole, shape = len(z) * ranks, z.shape[1:]
-    random = generator(config.runtime.seed, "flowdiff", step)
-    noise = own_part(torch.randn(whole, *shape, generator=random), accelerator)
-    t = own_part(stratified_times(whole, random), accelerator)
-    places = identity_places(whole, config.flowdiff.identity_share)
-    walks = torch.randn(len(places), *shape, generator=random)
-    own = [order for order, place in enumerate(places) if place // len(z) == rank]
-    seen = z[[places[order] % len(z) for order in own]]
-    parts = (part.to(accelerator.device, non_blocking=True) for part in (z, noise, t, seen, walks[own]))
-    return Batch(*parts, seen_weight=len(own) * ranks / len(places))
 
 
 def competes(step: int, settings: FlowDiffTrainingConfig) -> bool:

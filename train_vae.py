@@ -11,6 +11,12 @@ total (weighted_pix and so on); loss_ssim is 1 - SSIM. Those of train/ are of th
 Look for: PSNR above 30 dB, SSIM towards 0.95, residuals that show noise and no anatomy.
 """
 
+if __name__ == "__main__":
+    import interruption
+
+    interruption.begin()  # first: a signal may come during the imports below, too
+
+
 from collections.abc import Iterable
 from math import inf, isfinite, nan
 from pathlib import Path
@@ -34,19 +40,19 @@ from files import (
     weights_sha256,
     write_json,
 )
+from interruption import Steps, continues, remember
 from model import RadiographVAE, pretrained_vae, psnr, ssim, vae_loss
 from radiographs.membership import Membership
 from reporting.figures import save_curves, save_grid
+from run_log import Meter, RunLog, read_log
 from runtime import (
-    Meter,
-    RunLog,
     StepGuard,
+    all_stop,
     generator,
     learning_rate,
     own_part,
     plain,
     precision_of,
-    read_log,
     run_script,
     set_learning_rate,
     start,
@@ -88,6 +94,7 @@ def main() -> None:
         optimizer.load_state_dict(last["optimizer"])
         step, best, skipped = last["step"], last["best"], last["skipped_steps"]
         accelerator.print(f"continuing from step {step} of {total} (--runtime.resume False starts anew)")
+        remember(continues(step, total))
     elif main_process:
         print(f"starting anew in {out}")
         remove_files(out, FILES_OF_A_RUN)
@@ -115,10 +122,11 @@ def main() -> None:
         if step == 0:
             best = validated(best)
 
+    steps = Steps()
     progress = tqdm(loader, desc="phase 1", initial=step, total=total, disable=not main_process)
     meter = Meter()
     model.train()
-    for batch in progress:
+    for batch in steps.of(progress):
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total))
         step += 1
         torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
@@ -133,7 +141,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         meter.add({}, images=len(x) * accelerator.num_processes)
 
-        ends = step == total
+        ends, stopping = step == total, all_stop(steps, accelerator)
         if step % settings.log_every == 0 or ends:
             means = meter.flush() | {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
             progress.set_postfix(loss=f"{means.get('loss', nan):.4f}")
@@ -142,11 +150,12 @@ def main() -> None:
             continue  # and wait at the next gradient while the first validates
         if step % settings.validate_every == 0 or ends:
             best = validated(best)
-        if step % options.checkpoint_every == 0 or ends:
+        if step % options.checkpoint_every == 0 or ends or stopping:
             guard.check(step, vae.state_dict())
             state = {"weights": vae.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity.plain()}
             state |= {"step": step, "best": best, "skipped_steps": guard.skipped}
             save_checkpoint(out / "checkpoint_last.pt", "vae-training", state)
+            remember(continues(step, total))
     accelerator.wait_for_everyone()
     log.close()
     if main_process:

@@ -39,6 +39,7 @@ from command_line import parse_command
 from config import Config
 from config_reading import ReaderConfig
 from files import sha256, write_atomically, write_json
+from interruption import remember
 from radiographs.manifest import list_records, split_records
 from reader_training import RECIPE
 from runtime import run_script
@@ -96,6 +97,7 @@ PEERS = {  # module in peers/ and its class; those of the first line need no tra
 
 def main() -> None:
     options, flags = arguments()
+    remember("parts that are finished are kept, the same command goes on with the others")
     for seed in options.seeds:
         for row in options.rows:
             run_part(row, seed, options, flags)

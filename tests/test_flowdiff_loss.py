@@ -16,7 +16,7 @@ from flowdiff_loss import (
 )
 from flowdiff_model import FlowDiffUNet
 from flowdiff_process import velocity_target
-from runtime import Meter
+from run_log import Meter
 
 CONFIG = FlowDiffTrainingConfig(
     lambda_diff=2.0, lambda_flow=3.0, phase1_steps=10, total_steps=100, identity_warmup_start=20, identity_warmup_end=40

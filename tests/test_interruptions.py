@@ -14,7 +14,7 @@ import train_flowdiff
 import train_vae
 from files import load_checkpoint, sha256
 from radiographs.manifest import list_records
-from runtime import read_log
+from run_log import read_log
 
 MODULES = {"train_vae": train_vae, "train_flowdiff": train_flowdiff}
 PLACES = {"train_vae": "phase1_vae", "train_flowdiff": "phase3_flowdiff"}

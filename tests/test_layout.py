@@ -11,7 +11,16 @@ PATHS = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 PATHS |= {f"{folder}.{path.stem}": path for folder in sorted(FOLDERS) for path in sorted((ROOT / folder).glob("*.py"))}
 FILES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference"}
-PARTS = {"anomaly", "calibration", "dataset", "flowdiff_loss", "flowdiff_model", "fusion", "latent_dataset"}
+PARTS = {
+    "anomaly",
+    "calibration",
+    "dataset",
+    "flowdiff_batch",
+    "flowdiff_loss",
+    "flowdiff_model",
+    "fusion",
+    "latent_dataset",
+}
 PARTS |= {"examination", "features", "model", "normalizer", "reader", "reader_training", "standardization"}
 LEAVES = {
     "backbone",
@@ -22,14 +31,24 @@ LEAVES = {
     "files",
     "flowdiff_process",
     "image_ops",
+    "interruption",
     "metrics",
     "presets",
+    "run_log",
     "runtime",
 }
 LEAVES |= {name for name in FILES if "." in name}  # a folder is a leaf with several doors
-LIGHT = {"config", "config_reading", "checks", "command_line", "corruption", "files", "metrics", "presets"} | {
-    name for name in FILES if "." in name
-}  # run without torch
+LIGHT = {
+    "config",
+    "config_reading",
+    "checks",
+    "command_line",
+    "corruption",
+    "files",
+    "interruption",
+    "metrics",
+    "presets",
+} | {name for name in FILES if "." in name}  # run without torch
 HEAVY = {"torch", "accelerate", "diffusers", "torchmetrics"}
 
 each_file = pytest.mark.parametrize("name", FILES)

@@ -12,7 +12,8 @@ import torch
 import runtime
 from checks import UsageError
 from config import Config, RuntimeConfig
-from runtime import EMA, Meter, RunLog, StepBatches, StepGuard, generator, learning_rate, own_part, read_log, run_script
+from run_log import Meter, RunLog, read_log
+from runtime import EMA, StepBatches, StepGuard, generator, learning_rate, own_part, run_script
 
 # ---------------------------------------------------------------- order and noise
 
@@ -124,7 +125,10 @@ def test_noise_depends_on_every_part_of_its_key_and_on_nothing_else():
 
 @pytest.mark.parametrize(
     ("error", "code", "line"),
-    [(UsageError("do this"), 2, "error: do this\n"), (KeyboardInterrupt(), 130, "error: interrupted")],
+    [
+        (UsageError("do this"), 2, "error: do this\n"),
+        (KeyboardInterrupt(), 130, "interrupted: nothing to continue from"),
+    ],
 )
 def test_what_the_user_can_mend_is_one_line_and_a_code(error, code, line, capsys):
     def main():

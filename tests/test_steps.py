@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_flowdiff
 import train_vae
-from runtime import read_log
+from run_log import read_log
 
 MODULES = {"train_vae": train_vae, "train_flowdiff": train_flowdiff}
 PLACES = {"train_vae": "phase1_vae", "train_flowdiff": "phase3_flowdiff"}

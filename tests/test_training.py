@@ -19,7 +19,8 @@ from latent_dataset import LatentDataset
 from model import rebuild_vae
 from radiographs.manifest import list_records, split_records
 from radiographs.membership import Membership
-from runtime import plain, read_log
+from run_log import read_log
+from runtime import plain
 
 TAESD3 = ROOT.parent / "shared" / "models" / "taesd3"
 QUICK = ["--flowdiff.validate-every", 8, "--flowdiff.sample-every", 8]  # no pictures on the way

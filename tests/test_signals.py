@@ -1,0 +1,170 @@
+"""What signals do to a run: real ones to real processes, and the rules in this one."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from pipeline import ENVIRONMENT, ROOT, TRAINING, flags_of, sources
+from test_interruptions import LONGER, PLACES, TOTAL, last, same_end
+
+import interruption
+from interruption import Interrupted, Steps
+from runtime import run_script
+
+NAMES = {number: signal.Signals(number).name for number in interruption.SIGNALS}
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    """No test leaves words or a stretch of steps to the next one."""
+    before = dict(interruption._memory)
+    yield
+    interruption._memory.update(before)
+    Steps.under_way = None
+
+
+# ---------------------------------------------------------------- real signals to real phases
+
+
+def start(words, **how):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, **pipes, **how)
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert path.exists(), process.communicate()[1]
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        ("train_vae", signal.SIGTERM),
+        ("train_flowdiff", signal.SIGINT),
+        ("train_flowdiff", signal.SIGHUP),
+    ],
+)
+def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(script, number, call, made, tmp_path):
+    broken, whole, longer = tmp_path / "broken", tmp_path / "whole", LONGER[script]
+    process = start([f"{script}.py", *flags_of(broken, made.phantoms, *sources(script, made), *longer)])
+    wait_for(broken / PLACES[script] / "checkpoint_last.pt", process)
+    process.send_signal(number)
+    error = process.communicate(timeout=120)[1]
+    step = last(broken, script)["step"]
+    assert process.returncode == 128 + number, error
+    words = f"interrupted by {NAMES[number]}: the same command continues from step {step} of {TOTAL[script]}"
+    assert error.strip().splitlines()[-1] == words and "Traceback" not in error
+    assert not list(broken.rglob("*.tmp"))
+    assert call(script, *longer, outputs=broken).code == call(script, *longer, outputs=whole).code == 0
+    same_end(script, broken, whole)
+
+
+def test_ctrl_c_reaches_the_processes_that_read_ahead_and_they_go_on_reading(made, tmp_path):
+    """A terminal sends it to all of them at once."""
+    longer = ["--vae.steps", 400, "--vae.validate-every", 400, "--runtime.checkpoint-every", 2, "--data.num-workers", 2]
+    process = start(["train_vae.py", *flags_of(tmp_path, made.phantoms, *longer)], start_new_session=True)
+    wait_for(tmp_path / "phase1_vae/checkpoint_last.pt", process)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=120)[1]
+    step = last(tmp_path, "train_vae")["step"]
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert error.strip().endswith(f"the same command continues from step {step} of 400") and step < 400
+
+
+@pytest.mark.parametrize("number", interruption.SIGNALS, ids=NAMES.get)
+def test_during_the_imports_there_is_nothing_to_continue_from(number):
+    process = start(["-c", "import interruption, time; interruption.begin(); print(1, flush=True); time.sleep(60)"])
+    process.stdout.readline()
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + number
+    assert error == f"interrupted by {NAMES[number]}: {interruption.NOTHING_YET}\n"
+
+
+def test_what_the_caller_ignores_stays_ignored():
+    """As under nohup."""
+    code = (
+        "import interruption, os, signal\n"
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+        "interruption.begin()\n"
+        "os.kill(os.getpid(), signal.SIGHUP)\n"
+        "print('still here')"
+    )
+    assert start(["-c", code]).communicate(timeout=60)[0] == "still here\n"
+
+
+@pytest.mark.parametrize("script", [*TRAINING, "inference"])
+def test_every_script_begins_before_its_long_imports(script):
+    body = ast.parse((ROOT / f"{script}.py").read_text()).body
+    assert ast.unparse(body[1]).split("\n    ") == [
+        "if __name__ == '__main__':",
+        "import interruption",
+        "interruption.begin()",
+    ]
+
+
+# ---------------------------------------------------------------- the rules
+
+
+def test_a_signal_waits_for_the_step_and_the_second_does_not(capfd):
+    interruption.running()
+    steps, taken = Steps(), []
+    with pytest.raises(Interrupted) as end:
+        for item in steps.of(range(5)):
+            taken.append((item, steps.asked))
+            if item == 1:
+                interruption._on_signal(signal.SIGTERM, None)
+                assert steps.asked
+    assert taken == [(0, False), (1, False)] and end.value.code == 143
+    assert "SIGTERM: finishing the step" in capfd.readouterr().err
+    with pytest.raises(Interrupted):
+        for _ in steps.of(range(5)):
+            interruption._on_signal(signal.SIGTERM, None)
+            interruption._on_signal(signal.SIGINT, None)
+            pytest.fail("the second signal waited")
+
+
+def test_outside_of_steps_a_signal_ends_the_run_at_once():
+    interruption.running()
+    list(Steps().of(range(3)))
+    with pytest.raises(Interrupted, match="SIGHUP"):
+        interruption._on_signal(signal.SIGHUP, None)
+
+
+def test_the_last_words_are_those_that_were_remembered_last(capsys):
+    def main():
+        interruption.remember(interruption.continues(4, 9))
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as end:
+        run_script(main)
+    assert end.value.code == 143
+    assert capsys.readouterr().err == "interrupted by SIGTERM: the same command continues from step 4 of 9\n"
+
+
+def test_all_processes_stop_after_the_same_step_and_the_first_one_speaks(monkeypatch, capsys):
+    from types import SimpleNamespace
+
+    from runtime import all_stop
+
+    heard = torch.tensor([0, signal.SIGTERM, 0, 0])
+    several = SimpleNamespace(num_processes=4, device="cpu", gather=lambda own: heard)
+    steps = Steps()
+    assert all_stop(steps, several) and steps.number == signal.SIGTERM
+    heard.zero_()
+    assert not all_stop(Steps(), several)
+    monkeypatch.setenv("RANK", "3")
+
+    def main():
+        raise Interrupted(signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert capsys.readouterr().err == ""
