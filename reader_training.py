@@ -25,6 +25,7 @@ from corruption import check_fills, corrupt
 from dataset import exposed_anew
 from features import FeatureExtractor, with_backbone
 from files import load_checkpoint, save_checkpoint, write_json
+from interruption import Steps, remember
 from normalizer import Normalizer
 from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, mirrored, positions
 from reporting.figures import save_grid
@@ -185,7 +186,8 @@ def make_pool(
         _remove_pool(folder)
         folder.mkdir(parents=True)
     with tqdm(total=rows, initial=done, desc="reader: features", unit="image") as progress:
-        for first in range(done, rows, size):
+        steps = Steps()
+        for first in steps.of(range(done, rows, size)):
             numbers = range(first, min(first + size, rows))
             made = [training_image(images, number, config) for number in numbers]
             batch = torch.from_numpy(np.stack([picture for picture, _ in made])).unsqueeze(1)
@@ -200,11 +202,12 @@ def make_pool(
                 ]
             for array, part in zip(arrays, [*maps, shares], strict=True):
                 array[numbers.start : numbers.stop] = part
-            if numbers.stop == rows or (first // size) % 8 == 7:
+            if numbers.stop == rows or (first // size) % 8 == 7 or steps.asked:
                 for array in arrays:
                     array.flush()
                 progress_of_pool = {"done": numbers.stop, "shapes": [list(array.shape) for array in arrays]}
                 write_json(folder / "pool.json", progress_of_pool | {"identity": identity})
+                remember(f"the same command goes on with the reader's features, {numbers.stop} of {rows}")
             progress.update(len(numbers))
     return Pool(arrays[:-1], arrays[-1], len(images))
 
@@ -278,7 +281,8 @@ def fit_network(
     weight = torch.tensor(settings.positive_weight, device=device)
     running = None
     with tqdm(total=settings.steps, initial=begun, desc="reader: training", unit="step") as progress:
-        for step in range(begun, settings.steps):
+        steps = Steps()
+        for step in steps.of(range(begun, settings.steps)):
             set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, settings.steps))
             random = np.random.default_rng(stream_seed(seed, "reader crops", step))
             torch.manual_seed(stream_seed(seed, "reader dropout", step))
@@ -303,9 +307,10 @@ def fit_network(
                 running = now if running is None else 0.8 * running + 0.2 * now
                 progress.set_postfix(loss=f"{running:.4f}")
             progress.update()
-            if (step + 1) % settings.checkpoint_every == 0:
+            if (step + 1) % settings.checkpoint_every == 0 or steps.asked:
                 state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}
                 save_checkpoint(last, "reader training", {"identity": identity, "step": step + 1, **state})
+                remember(f"the same command goes on with the reader, step {step + 1} of {settings.steps}")
     return network
 
 

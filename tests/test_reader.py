@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,13 +12,16 @@ from pipeline import opens
 from test_calibration import images, tiny_normalizer
 from torch import nn
 
+import interruption
 from backbone import Backbone, backbone_name
 from calibration import Calibration, calibrate, maps_beside, readings_of, shaping
 from checks import UsageError
 from config import Config, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
 from features import FEATURES, FeatureExtractor
+from files import load_checkpoint
 from image_ops import gaussian_blur
+from interruption import Interrupted
 from reader import (
     WHOLE,
     FeatureStatistics,
@@ -242,6 +246,45 @@ def test_a_training_that_was_interrupted_ends_with_the_same_weights(pool, tmp_pa
     monkeypatch.setattr(Pool, "batch", lambda self, *given: taken.append(1) or batch(self, *given))
     resumed = fit_network(pool, known, config, {}, last, "cpu")
     assert len(taken) == 2 * 2 * config.reader.members  # steps 11 and 12, both sides of the jaw
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
+
+
+def test_a_signal_ends_the_pool_and_the_training_where_they_go_on(pool, model, tmp_path, monkeypatch):
+    """SIGTERM in the first batch of features, then in the third step: nothing that was made is made again."""
+    config, folder, last = config_for(), tmp_path / "other", tmp_path / LAST
+    extractor, examine, batch = FeatureExtractor(config.reader, "cpu"), model.examine, Pool.batch
+    interruption.running()
+
+    def examine_and_be_told(*given):
+        interruption._on_signal(signal.SIGTERM, None)
+        return examine(*given)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(model, "examine", examine_and_be_told)
+        make_pool(model, extractor, normals(), config, {}, folder)
+    done = json.loads((folder / "pool.json").read_text())["done"]
+    assert done == config.inference.batch_size < len(pool.changed)
+    words = f"the same command goes on with the reader's features, {done} of {len(pool.changed)}"
+    assert interruption.last_words(Interrupted(signal.SIGTERM)) == f"interrupted by SIGTERM: {words}"
+    again = make_pool(model, extractor, normals(), config, {}, folder)
+    np.testing.assert_array_equal(again.changed, pool.changed)
+
+    known, calls = pool.statistics(config), []
+
+    def batch_and_be_told(self, *given):
+        calls.append(1)
+        if len(calls) == 2 * 2 * config.reader.members + 1:
+            interruption._on_signal(signal.SIGTERM, None)
+        return batch(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Pool, "batch", batch_and_be_told)
+        fit_network(pool, known, config, {}, last, "cpu")
+    assert load_checkpoint(last, "reader training", "")["step"] == 3
+    assert "goes on with the reader, step 3 of 12" in interruption.last_words(Interrupted(signal.SIGTERM))
+    resumed = fit_network(pool, known, config, {}, last, "cpu")
+    whole = fit_network(pool, known, config, {}, tmp_path / "whole.pt", "cpu")
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=0)
 
