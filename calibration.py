@@ -25,7 +25,7 @@ from anomaly import blur_share, check_views, image_score, plain_map, stacked_vie
 from checks import UsageError
 from config import Config, rebuild_phase
 from corruption import check_fills, corrupt
-from files import sha256, write_binary, write_json
+from files import sha256, unsealed, write_binary, write_sealed_json
 from fusion import Fusion, PixelSample, ScoreFusion, left_out_scores
 from image_ops import residual_components
 from metrics import threshold_from_normals
@@ -33,7 +33,7 @@ from normalizer import Examined, Normalizer
 from reader import Reader
 from standardization import NormalViews, PixelStatistics, features
 
-FORMAT = 5  # of METHOD.json; another is made anew
+FORMAT = 6  # of METHOD.json; another is made anew
 CALM = 0.016  # blur of a map beside the reader's, a share of the height: about as wide as metal, chosen with its weight
 NEEDED = {"plain": 1, "statistical": 2, "reader": 3}  # validation normals that each method needs
 FEW_NORMALS = 20  # below, each left-out normal moves the statistics of the others
@@ -117,7 +117,7 @@ class Calibration:
         content = {name: getattr(self, name) for name in named}
         views = {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}
         views["score_fusion"] = asdict(self.score_fusion) if self.score_fusion else None
-        write_json(description, {"format": FORMAT, **content, **views, "arrays_sha256": sha256(path)})
+        write_sealed_json(description, {"format": FORMAT, **content, **views, "arrays_sha256": sha256(path)})
 
     @classmethod
     def load(cls, folder: str | Path, method: str, reader: Reader | None = None) -> "Calibration | None":
@@ -129,9 +129,11 @@ class Calibration:
         if not description.is_file():
             return None
         try:
-            content = json.loads(description.read_text())
-            if content.pop("format") != FORMAT:
+            stored = json.loads(description.read_text(encoding="utf-8"))
+            if stored["format"] != FORMAT:
                 return None  # of an earlier version: made anew, as if it were not there
+            content = unsealed(stored)
+            del content["format"]
             whole = content.pop("arrays_sha256") == sha256(path)
             known = cls._of(content, dict(np.load(path, allow_pickle=False)), reader) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

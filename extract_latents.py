@@ -30,7 +30,7 @@ from checks import UsageError
 from command_line import parse_command
 from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, LatentConfig
 from dataset import RadiographDataset, open_normals
-from files import load_checkpoint, sha256, write_atomically, write_json
+from files import load_checkpoint, sha256, write_atomically, write_sealed_json
 from interruption import ignore_signals
 from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
@@ -92,7 +92,7 @@ def main() -> None:
         "sources": sources,
         "config": plain(config),
     }
-    write_json(out / "latents.json", description)
+    write_sealed_json(out / "latents.json", description)
     summarize(latents, mean, std, outliers)
     print(f"wrote {out}\nnext: {command.next('train_flowdiff.py')}")
 

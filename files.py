@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ except ImportError:  # Windows
     fcntl = None
 
 FORMAT = 2  # of every checkpoint; raise it when a reader of the old one would misread the new
+SEAL = "content_sha256"  # in a JSON file that says of itself whether it is whole
 
 
 def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
@@ -50,6 +52,23 @@ def write_json(path: Path | str, content: dict) -> None:
     """JSON for people and programs; refuses NaN, which JSON does not know."""
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text))
+
+
+def write_sealed_json(path: Path | str, content: dict) -> None:
+    """JSON that a program relies on: with a hash of its content, which `unsealed` checks."""
+    write_json(path, {**content, SEAL: _content_sha256(content)})
+
+
+def unsealed(stored: dict) -> dict:
+    """What `write_sealed_json` was given, from what it wrote; ValueError if that has changed since."""
+    content = {name: value for name, value in stored.items() if name != SEAL}
+    if stored.get(SEAL) != _content_sha256(content):
+        raise ValueError("its content is not what was written")
+    return content
+
+
+def _content_sha256(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_csv(path: Path | str, columns: list[str], rows: list[list]) -> None:
@@ -129,7 +148,13 @@ def load_checkpoint(path: Path | str, kind: str, made_by: str) -> dict:
     if not path.is_file():
         raise UsageError(f"{path} is missing: run {made_by} first")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes a checksum of each part, and does not read it
+            rotted = archive.testzip()
+        if rotted:
+            raise UsageError(f"{path} is damaged (the checksum of a part is wrong): run {made_by} again")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
     except Exception as error:  # torch raises a different type for every way a file can be damaged
         raise UsageError(
             f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint; run {made_by} again"

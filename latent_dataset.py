@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from checks import UsageError
-from files import sha256
+from files import sha256, unsealed
 
-FORMAT = 2  # of latents.json
+FORMAT = 3  # of latents.json
 KEYS = ("vae_sha256", "sha256", "shape", "rows", "mean", "std", "preprocessing", "split", "members")
 
 
@@ -49,10 +49,12 @@ def read_latents_json(folder: Path | str) -> dict:
     if not path.is_file():
         raise UsageError(f"{path} is missing: run python extract_latents.py first")
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(path.read_text(encoding="utf-8"))
+        found = description.get("format") if isinstance(description, dict) else None
+        if found == FORMAT:
+            description = unsealed(description)
     except ValueError as error:
         raise UsageError(f"{path} is damaged ({error}): run python extract_latents.py again") from error
-    found = description.get("format") if isinstance(description, dict) else None
     if found != FORMAT:
         raise UsageError(f"{path} has format {found}, this code reads {FORMAT}: run python extract_latents.py again")
     missing = [name for name in KEYS if name not in description]

@@ -211,7 +211,7 @@ def test_there_is_nothing_to_load_before_anything_was_saved(tmp_path):
     assert Calibration.load(tmp_path, "plain") is None
 
 
-@pytest.mark.parametrize("damage", ["arrays", "description", "truncated"])
+@pytest.mark.parametrize("damage", ["arrays", "description", "threshold", "truncated"])
 def test_a_damaged_calibration_is_refused_and_names_the_files_to_remove(damage, tmp_path):
     calibration([1.0, 2.0]).save(tmp_path)
     arrays, description = tmp_path / "plain.npz", tmp_path / "plain.json"
@@ -221,6 +221,9 @@ def test_a_damaged_calibration_is_refused_and_names_the_files_to_remove(damage, 
         arrays.write_bytes(content)
     elif damage == "description":
         description.write_text(json.dumps({"format": FORMAT}))
+    elif damage == "threshold":
+        stored = json.loads(description.read_text())
+        description.write_text(json.dumps(stored | {"pixel_threshold": stored["pixel_threshold"] + 0.1}))
     else:
         description.write_text(description.read_text()[:40])
     with pytest.raises(UsageError, match=r"plain.npz.*plain.json|plain.json.*plain.npz"):

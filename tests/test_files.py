@@ -20,9 +20,11 @@ from files import (
     resume_point,
     save_checkpoint,
     sha256,
+    unsealed,
     weights_sha256,
     write_atomically,
     write_json,
+    write_sealed_json,
 )
 from runtime import plain
 
@@ -57,6 +59,18 @@ def test_json_is_strict(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "x.json", {"auroc": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sealed_json_says_whether_it_is_what_was_written(tmp_path):
+    content = {"mean": [0.1 + 0.2, 1e-17], "rows": {"train": 3}, "name": "Zahn\u00e4rzte", "none": None}
+    write_sealed_json(tmp_path / "x.json", content)
+    stored = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert unsealed(stored) == content
+    for name in stored:
+        with pytest.raises(ValueError, match="not what was written"):
+            unsealed(stored | {name: "x"})
+        with pytest.raises(ValueError, match="not what was written"):
+            unsealed({key: value for key, value in stored.items() if key != name})
 
 
 def test_sha256_is_that_of_the_standard(tmp_path):
@@ -122,6 +136,30 @@ def test_a_spoilt_checkpoint_is_refused_with_the_remedy(name, tmp_path):
     spoil(tmp_path / "x.pt")
     with pytest.raises(UsageError, match=f"x.pt {remedy}" if remedy[:3] != "run" and name != "a folder" else remedy):
         load_checkpoint(tmp_path / "x.pt", "vae", MADE_BY)
+
+
+def test_a_checkpoint_that_rotted_is_refused_or_says_what_was_written(tmp_path):
+    """One bit at a time, anywhere: a byte of no consequence may change, a weight may not."""
+    path, written = tmp_path / "x.pt", {"weights": {"w": torch.randn(40)}, "mean": [0.25, 3.0], "step": 7}
+    save_checkpoint(path, "vae", written)
+    whole, refused = path.read_bytes(), 0
+    for place in range(0, len(whole), 3):
+        rotted = bytearray(whole)
+        rotted[place] ^= 1 << place % 8
+        path.write_bytes(rotted)
+        try:
+            content = load_checkpoint(path, "vae", MADE_BY)
+        except UsageError as error:
+            refused += 1
+            assert "run python phase.py again" in str(error) or "use the matching" in str(error)
+        else:
+            assert torch.equal(content.pop("weights")["w"], written["weights"]["w"])
+            assert content == {"format": FORMAT, "kind": "vae", "mean": [0.25, 3.0], "step": 7}
+    weights = whole.index(written["weights"]["w"].numpy().tobytes())
+    path.write_bytes(whole[: weights + 9] + bytes([whole[weights + 9] ^ 4]) + whole[weights + 10 :])
+    with pytest.raises(UsageError, match=r"is damaged \(the checksum of a part is wrong\): run python phase.py again"):
+        load_checkpoint(path, "vae", MADE_BY)
+    assert refused > 100
 
 
 def test_code_hidden_in_a_checkpoint_does_not_run(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from checks import UsageError
 from extract_latents import channel_statistics, find_outliers
-from files import sha256
+from files import sha256, write_sealed_json
 from latent_dataset import FORMAT, LatentDataset, LatentStandard, read_latents_json
 
 ROWS = np.random.default_rng(0).normal([[[-3.0]], [[0.5]]], [[[0.2]], [[7.0]]], (5, 2, 4, 6)).astype(np.float32)
@@ -24,7 +24,7 @@ def folder(tmp_path):
     description |= {"mean": STANDARD.mean, "std": STANDARD.std}
     description |= {"vae_sha256": "", "preprocessing": {}, "split": {}, "members": {}}
     description["sha256"] = {split: sha256(tmp_path / f"latents_{split}.npy") for split in ("train", "val")}
-    (tmp_path / "latents.json").write_text(json.dumps(description))
+    write_sealed_json(tmp_path / "latents.json", description)
     return tmp_path
 
 
@@ -114,10 +114,22 @@ def test_latents_of_another_run_of_phase_2_are_refused(folder):
         LatentDataset(folder, "train")
 
 
-@pytest.mark.parametrize(("text", "said"), [("[]", "has format None"), (f'{{"format": {FORMAT}}}', "lacks vae_sha256")])
-def test_a_description_of_something_else_names_phase_2(folder, text, said):
-    (folder / "latents.json").write_text(text)
-    with pytest.raises(UsageError, match=f"{said}.*run python extract_latents.py again"):
+def test_a_description_of_something_else_names_phase_2(folder):
+    (folder / "latents.json").write_text("[]")
+    with pytest.raises(UsageError, match="has format None.*run python extract_latents.py again"):
+        read_latents_json(folder)
+    write_sealed_json(folder / "latents.json", {"format": FORMAT})
+    with pytest.raises(UsageError, match="lacks vae_sha256.*run python extract_latents.py again"):
+        read_latents_json(folder)
+
+
+@pytest.mark.parametrize("name", ["mean", "rows", "vae_sha256", "content_sha256"])
+def test_a_description_in_which_one_value_changed_names_phase_2(folder, name):
+    """A digit of a mean would shift every latent, and nothing else would look wrong."""
+    description = json.loads((folder / "latents.json").read_text())
+    description[name] = [-3.0, 0.51] if name == "mean" else "0"
+    (folder / "latents.json").write_text(json.dumps(description))
+    with pytest.raises(UsageError, match=r"damaged \(its content is not what was written\).*extract_latents.py again"):
         read_latents_json(folder)
 
 
