@@ -15,7 +15,7 @@ from command_line import CommandLine
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
 from features import with_backbone
-from files import hold
+from holding import hold
 from normalizer import Normalizer
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from reader import Reader, stored_reader

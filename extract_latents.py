@@ -31,6 +31,7 @@ from command_line import parse_command
 from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, LatentConfig
 from dataset import RadiographDataset, open_normals
 from files import load_checkpoint, sha256, write_atomically, write_sealed_json
+from holding import hold
 from interruption import ignore_signals
 from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
@@ -51,6 +52,7 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
     vae = rebuild_vae(checkpoint).to(accelerator.device)
 
+    held = hold(out, "latents")
     datasets = open_normals(config.data, config.runtime.seed, out / "skipped_files.csv")
     rows = {"train": list(range(len(datasets["train"]))), "val": unseen_rows(datasets["val"], checkpoint, settings)}
 
@@ -94,6 +96,7 @@ def main() -> None:
     }
     write_sealed_json(out / "latents.json", description)
     summarize(latents, mean, std, outliers)
+    held.close()
     print(f"wrote {out}\nnext: {command.next('train_flowdiff.py')}")
 
 

@@ -1,11 +1,12 @@
 """Leaf: files that appear whole or not at all, content hashes, checkpoints that say what they are, runs that go on."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
+import shutil
 import sys
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,12 +16,8 @@ from typing import BinaryIO
 from checks import UsageError
 from config import RuntimeConfig
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 FORMAT = 2  # of every checkpoint; raise it when a reader of the old one would misread the new
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 SEAL = "content_sha256"  # in a JSON file that says of itself whether it is whole
 
 
@@ -34,8 +31,23 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        if not _says_full(error):
+            raise
+        free = shutil.disk_usage(path.parent).free / 2**20
+        raise UsageError(
+            f"{path} cannot be written, the disk is full or over its quota ({free:.0f} MiB are free): make room there "
+            "and give the same command again; what was there before is whole"
+        ) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _says_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind this error: torch reports what Python told it as an error of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return error is not None and error.errno in FULL
 
 
 def write_binary(path: Path | str, fill: Callable[[BinaryIO], None]) -> None:
@@ -105,28 +117,6 @@ def weights_sha256(weights: dict) -> str:
     return found.hexdigest()
 
 
-def hold(folder: Path | str, purpose: str) -> BinaryIO:
-    """Keep others that hold this folder for the same purpose away, for as long as the returned file is open.
-
-    UsageError if one holds it already. The system lets go when a process ends, however it ends. Where there are no such
-    locks (Windows, some network disks), nobody is kept away, and a warning says so.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / f".{purpose}.lock", "ab")
-    try:
-        if fcntl is None:
-            raise OSError("this system has no such locks")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UsageError(
-            f"another run is writing into {folder}: wait until it is done, or name another folder"
-        ) from error
-    except OSError as error:
-        warnings.warn(f"{folder} cannot be locked ({error}): see that no other run writes there", stacklevel=2)
-    return file
-
-
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -134,7 +124,7 @@ def save_checkpoint(path: Path | str, kind: str, content: dict) -> None:
     """Write plain types and tensors under a format number and a kind: a reader can refuse what it would misread."""
     import torch  # here, so that files without tensors need no torch
 
-    write_atomically(path, lambda beside: torch.save({"format": FORMAT, "kind": kind, **content}, beside))
+    write_binary(path, lambda file: torch.save({"format": FORMAT, "kind": kind, **content}, file))
 
 
 def load_checkpoint(path: Path | str, kind: str, made_by: str) -> dict:

@@ -48,7 +48,8 @@ from command_line import parse_command
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
 from examination import calibration_of, open_normalizer, records_to_examine, refuse_known_content
-from files import hold, write_binary, write_csv, write_json
+from files import write_binary, write_csv, write_json
+from holding import hold
 from image_ops import residual_components
 from metrics import false_positive_interval, summarize
 from normalizer import Examined

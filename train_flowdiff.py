@@ -47,6 +47,7 @@ from flowdiff_loss import (
 )
 from flowdiff_model import FlowDiffUNet
 from flowdiff_process import Predict, normalizer, sample, two_heads
+from holding import hold
 from interruption import Steps, continues, remember
 from latent_dataset import LatentDataset, read_latents_json
 from model import rebuild_vae
@@ -98,6 +99,7 @@ def main() -> None:
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     accelerator.print(f"{len(train)} training, {len(validation)} validation latents, UNet of {millions:.1f} M weights")
 
+    held = hold(out, "training") if main_process else None
     identity = run_identity(config, train, validation, vae_sha256, accelerator)
     last = resume_point(out / "checkpoint_last.pt", "flowdiff-training", identity, options, MADE_BY, total=total_steps)
     step, best, best_step, skipped = 0, inf, 0, 0
@@ -193,6 +195,7 @@ def main() -> None:
     log.close()
     if main_process:
         summarize(out, settings, command)
+        held.close()
     accelerator.end_training()
 
 

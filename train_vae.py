@@ -40,6 +40,7 @@ from files import (
     weights_sha256,
     write_json,
 )
+from holding import hold
 from interruption import Steps, continues, remember
 from model import RadiographVAE, pretrained_vae, psnr, ssim, vae_loss
 from radiographs.membership import Membership
@@ -85,6 +86,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
     accelerator.print(f"training {_millions(trained)} of {_millions(vae.parameters())} M weights")
 
+    held = hold(out, "training") if main_process else None
     identity = run_identity(config, datasets, vae, accelerator)
     options, total = config.runtime, settings.steps
     last = resume_point(out / "checkpoint_last.pt", "vae-training", identity, options, MADE_BY, total)
@@ -160,6 +162,7 @@ def main() -> None:
     log.close()
     if main_process:
         summarize(out, command)
+        held.close()
     accelerator.end_training()
 
 

@@ -1,20 +1,18 @@
 """Files that appear whole or not at all, checkpoints that refuse to be misread, runs that know what they continue."""
 
+import errno
 import json
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
-from pipeline import ROOT
 
 from checks import UsageError
 from config import Config, RuntimeConfig
 from files import (
     FORMAT,
     RunIdentity,
-    hold,
     load_checkpoint,
     remove_files,
     resume_point,
@@ -71,6 +69,36 @@ def test_sealed_json_says_whether_it_is_what_was_written(tmp_path):
             unsealed(stored | {name: "x"})
         with pytest.raises(ValueError, match="not what was written"):
             unsealed({key: value for key, value in stored.items() if key != name})
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 200 KiB; skips where one may not be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(small_disk):
+    path = small_disk / "x.pt"
+    save_checkpoint(path, "vae", {"weights": torch.zeros(20_000)})
+    for size in (40_000, 41_001, 60_000, 300_000):  # torch fails in another place each time
+        with pytest.raises(UsageError, match=r"x.pt cannot be written, the disk is full .*: make room"):
+            save_checkpoint(path, "vae", {"weights": torch.ones(size)})
+        with pytest.raises(UsageError, match=r"y.json cannot be written, the disk is full"):
+            write_json(small_disk / "y.json", {"rows": ["x" * 100] * size})
+        assert [each.name for each in small_disk.iterdir()] == ["x.pt"]
+    assert load_checkpoint(path, "vae", MADE_BY)["weights"].shape == (20_000,)
+
+
+def test_what_fails_for_another_reason_says_its_own(tmp_path):
+    for error in (OSError(errno.EIO, "Input/output error"), RuntimeError("no such operator")):
+        with pytest.raises(type(error), match=str(error.args[-1])):
+            write_atomically(tmp_path / "x", lambda beside, error=error: (_ for _ in ()).throw(error))
 
 
 def test_sha256_is_that_of_the_standard(tmp_path):
@@ -249,31 +277,3 @@ def test_a_longer_run_at_a_lower_rate_goes_on_if_one_says_so(resume):
 def test_fewer_steps_than_are_taken_already_are_refused(resume):
     with pytest.raises(UsageError, match="has taken 3 steps already, and 2 are asked for"):
         resume(SETTINGS | {"vae": {"lr": 1.0, "steps": 2}}, total=2, resume_changed=True)
-
-
-# ---------------------------------------------------------------- one writer at a time
-
-
-def test_a_folder_has_one_holder_for_each_purpose(tmp_path):
-    with hold(tmp_path, "results"):
-        hold(tmp_path, "reader").close()
-        with pytest.raises(UsageError, match="another run is writing"):
-            hold(tmp_path, "results")
-    hold(tmp_path, "results").close()
-
-
-def test_a_holder_that_was_killed_holds_no_more(tmp_path):
-    code = "import sys, time; from files import hold; held = hold(sys.argv[1], 'results'); print(1, flush=True)"
-    code += "; time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) as other:
-        other.stdout.readline()
-        with pytest.raises(UsageError, match="another run is writing"):
-            hold(tmp_path, "results")
-        other.kill()
-    hold(tmp_path, "results").close()
-
-
-def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("files.fcntl", None)
-    with pytest.warns(UserWarning, match="cannot be locked"):
-        hold(tmp_path, "results").close()

@@ -1,5 +1,6 @@
 """Phases 1 and 3 interrupted, changed, taken up again or begun anew."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from torch import nn
 import train_flowdiff
 import train_vae
 from files import load_checkpoint, sha256
+from holding import hold
 from radiographs.manifest import list_records
 from run_log import read_log
 
@@ -102,7 +104,7 @@ def interrupt(call, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(MODULES[script], "save_checkpoint", save)
             result = call(script, *flags, **places)
-        assert result.code == 130 and "the same command goes on" in result.error
+        assert result.code == 130 and result.error.startswith("interrupted")
 
     return interrupt
 
@@ -246,7 +248,7 @@ def test_starting_anew_removes_the_files_of_the_earlier_run(script, interrupt, m
     interrupt(script, *every, *QUICK, "--runtime.resume", "False")
     assert last(tmp_path, script)["step"] == 1
     left = {path.name for path in out.iterdir()}
-    assert left - {"checkpoint_last.pt", "log.csv", "config.json", "notes.txt"} == (
+    assert left - {"checkpoint_last.pt", "log.csv", "config.json", "notes.txt", ".training.lock"} == (
         {"checkpoint_best.pt", "val_000000.png"} if script == "train_vae" else set()
     )
     assert (out / "notes.txt").exists()
@@ -267,3 +269,14 @@ def test_nothing_is_removed_before_all_checks_are_passed(script, wrong, call, ma
     before = {path.name: sha256(path) for path in out.iterdir()}
     assert call(script, *wrong, "--runtime.resume", "False").code == 2
     assert {path.name: sha256(path) for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("script", PLACES)
+def test_two_runs_on_one_folder_are_one_too_many(script, call, made, tmp_path):
+    out = soiled(made, script, tmp_path)
+    with hold(out, "training"):
+        before = {path.name: sha256(path) for path in out.iterdir()}
+        result = call(script, "--runtime.resume", "False")
+        assert result.code == 2 and f"(process {os.getpid()} on " in result.error
+        assert {path.name: sha256(path) for path in out.iterdir()} == before
+    assert call(script, "--runtime.resume", "False").code == 0

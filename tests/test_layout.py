@@ -30,6 +30,7 @@ LEAVES = {
     "corruption",
     "files",
     "flowdiff_process",
+    "holding",
     "image_ops",
     "interruption",
     "metrics",

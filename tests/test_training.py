@@ -45,10 +45,10 @@ def best(folder, kind):
 
 
 def test_every_artefact_is_there_and_nothing_half_written(made):
-    train = {"checkpoint_best.pt", "checkpoint_last.pt", "log.csv", "curves.png", "config.json"}
+    train = {"checkpoint_best.pt", "checkpoint_last.pt", "log.csv", "curves.png", "config.json", ".training.lock"}
     assert train | {f"val_{step:06d}.png" for step in (0, 3, 6)} == {path.name for path in made.phase1.iterdir()}
     latents = {f"latents_{split}.{suffix}" for split in ("train", "val") for suffix in ("npy", "pkl")}
-    assert latents | {"latents.json"} == {path.name for path in made.phase2.iterdir()}
+    assert latents | {"latents.json", ".latents.lock"} == {path.name for path in made.phase2.iterdir()}
     samples = {f"{name}_{step:06d}.png" for name in ("samples", "normals") for step in (4, 8)}
     assert train | samples | {"checkpoint_generative.pt"} == {path.name for path in made.phase3.iterdir()}
     assert all(opens(path) for path in made.out.rglob("phase[13]*/*.png"))

@@ -1,0 +1,106 @@
+"""Leaf: one writer at a time in a folder, and what killed writers left there."""
+
+import json
+import os
+import socket
+import time
+import warnings
+from pathlib import Path
+from typing import TextIO
+
+from checks import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class Held:
+    """A folder that is kept for one purpose until `close`, or until the process ends."""
+
+    def __init__(self, file: TextIO):
+        self.file = file
+
+    def __enter__(self) -> "Held":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others in."""
+        if not self.file.closed:
+            self.file.truncate(0)  # nobody holds it any more
+            self.file.close()
+
+
+def hold(folder: Path | str, purpose: str) -> Held:
+    """Keep others that hold this folder for the same purpose away, and clear away what killed ones left in it.
+
+    UsageError, naming the owner and since when, if one holds it already. The system lets go when a process ends,
+    however it ends. Where there are no such locks (Windows, some network disks) the owner's note alone counts, and a
+    warning says so.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    path = Path(folder) / f".{purpose}.lock"
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        if fcntl is None:
+            raise OSError("this system has no such locks")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = _owner(path)
+        file.close()
+        raise UsageError(_taken(folder, owner)) from error
+    except OSError as error:
+        owner = _owner(path)
+        if owner and owner["host"] == socket.gethostname() and is_alive(owner["process"]):
+            file.close()
+            raise UsageError(_taken(folder, owner)) from error
+        warnings.warn(f"{folder} cannot be locked ({error}): see that no other run writes there", stacklevel=2)
+    file.truncate(0)
+    file.write(json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": time.time()}))
+    file.flush()
+    remove_leftovers(folder)
+    return Held(file)
+
+
+def _owner(path: Path) -> dict | None:
+    """Who holds a lock, as its file says; None if it says nothing."""
+    try:
+        owner = json.loads(path.read_text(encoding="utf-8"))
+        return {"process": int(owner["process"]), "host": str(owner["host"]), "since": float(owner["since"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _taken(folder: Path | str, owner: dict | None) -> str:
+    who = ""
+    if owner:
+        minutes = max(0.0, time.time() - owner["since"]) / 60
+        age = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+        who = f" (process {owner['process']} on {owner['host']}, for {age})"
+    return f"another run is writing into {folder}{who}: wait until it is done, end it, or name another folder"
+
+
+def remove_leftovers(folder: Path | str) -> None:
+    """Remove what processes that were killed in the middle of a write left in a folder, and below it.
+
+    Only those of processes that are no more, by their number on this machine: call it where no other may write.
+    """
+    for path in Path(folder).rglob(".*.tmp"):
+        number = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ""
+        if number.isdecimal() and int(number) != os.getpid() and not is_alive(int(number)):
+            path.unlink(missing_ok=True)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's, or no number of a process
+        return True
+    return True
