@@ -8,7 +8,8 @@ Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), 
 
 Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only
 latents.
-What a folder holds already of the same VAE, radiographs and settings is not made again.
+What a folder holds already of the same VAE, radiographs and settings is not made again, and a run that was interrupted
+goes on where it was.
 Look for: standardized mean near 0 and std near 1 on the validation rows too, and a short list of outliers.
 """
 
@@ -31,12 +32,15 @@ from command_line import parse_command
 from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, LatentConfig
 from dataset import RadiographDataset, open_normals
 from files import load_checkpoint, sha256, write_atomically, write_sealed_json
+from growing import GrowingArray
 from holding import hold
-from interruption import ignore_signals
+from interruption import Steps, ignore_signals, remember
 from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
 from radiographs.membership import Membership
 from runtime import plain, run_script, start, without
+
+SAVE_EVERY = 20  # batches
 
 
 def main() -> None:
@@ -66,10 +70,11 @@ def main() -> None:
     (out / "latents.json").unlink(missing_ok=True)
     latents: dict[str, np.ndarray] = {}
     sources: dict[str, list[str]] = {}
+    written: list[GrowingArray] = []
     for split, copies in (("train", settings.augmented_copies), ("val", 0)):
         dataset, path = datasets[split], out / f"latents_{split}.npy"
         keys = [(copy, row) for copy in range(1 + copies) for row in rows[split]]
-        encode_to_file(vae, dataset, keys, path, config, accelerator.device)
+        written.append(encode_to_file(vae, dataset, keys, path, made_of, config, accelerator.device))
         latents[split] = np.load(path, mmap_mode="r", allow_pickle=False)
         sources[split] = [str(dataset.records[row].path) for _, row in keys]
         pickled = pickle.dumps(sources[split])
@@ -95,6 +100,8 @@ def main() -> None:
         "config": plain(config),
     }
     write_sealed_json(out / "latents.json", description)
+    for array in written:
+        array.forget()
     summarize(latents, mean, std, outliers)
     held.close()
     print(f"wrote {out}\nnext: {command.next('train_flowdiff.py')}")
@@ -155,33 +162,38 @@ def encode_to_file(
     dataset: RadiographDataset,
     keys: list[tuple[int, int]],
     path: Path,
+    made_of: dict,
     config: Config,
     device: torch.device,
-) -> None:
+) -> GrowingArray:
     """The latents of (copy, row) keys as .npy, whole or not at all, written batch by batch: memory stays constant.
 
-    Copy 0 is the image as it is; the epoch number of an augmented image is its copy number.
+    Copy 0 is the image as it is; the epoch number of an augmented image is its copy number. A run that was interrupted
+    goes on between two batches, so that the bytes are those of one that was not.
     """
     height, width = config.data.height // VAE_DOWNSAMPLING, config.data.width // VAE_DOWNSAMPLING
-    header = {"descr": "<f4", "fortran_order": False, "shape": (len(keys), vae.latent_channels, height, width)}
+    size, shape = config.latent.batch_size, (len(keys), vae.latent_channels, height, width)
+    made_of = {**made_of, "keys": keys, "batch_size": size, "device": str(device)}
+    array = GrowingArray(path, shape, made_of, config.runtime.resume)
+    if array.rows:
+        print(f"{path.name}: {array.rows} of {len(keys)} latents are there already")
     plain_keys = [key for key in keys if key[0] == 0]
     parts = [(dataset, plain_keys), (dataset.augmented(), keys[len(plain_keys) :])]
-
-    @torch.no_grad()
-    def write(beside: Path) -> None:
-        with open(beside, "wb") as file, tqdm(total=len(keys), desc=f"phase 2, {path.name}", unit="latent") as progress:
-            np.lib.format.write_array_header_1_0(file, header)
-            for images, wanted in parts:
-                workers = config.data.num_workers if wanted else 0
-                loader = DataLoader(
-                    images, config.latent.batch_size, sampler=wanted, num_workers=workers, worker_init_fn=ignore_signals
-                )
-                for batch in loader:
-                    mean, _ = vae.encode(batch["image"].to(device))
-                    file.write(mean.float().cpu().numpy().astype("<f4").tobytes())
-                    progress.update(len(mean))
-
-    write_atomically(path, write)
+    steps, done = Steps(), array.rows
+    with torch.no_grad(), tqdm(total=len(keys), initial=done, desc=f"phase 2, {path.name}", unit="latent") as progress:
+        for images, wanted in parts:
+            left, done = wanted[done:], max(0, done - len(wanted))
+            workers = config.data.num_workers if left else 0
+            loader = DataLoader(images, size, sampler=left, num_workers=workers, worker_init_fn=ignore_signals)
+            for number, batch in enumerate(steps.of(loader), 1):
+                mean, _ = vae.encode(batch["image"].to(device))
+                array.append(mean.float().cpu().numpy())
+                progress.update(len(mean))
+                if number % SAVE_EVERY == 0 or steps.asked:
+                    array.save()
+                    remember(f"the same command goes on after {array.rows} of {len(keys)} latents of {path.name}")
+    array.finish()
+    return array
 
 
 def channel_statistics(latents: np.ndarray, rows_at_once: int = 256) -> tuple[np.ndarray, np.ndarray]:

@@ -32,7 +32,7 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        if not _says_full(error):
+        if not says_full(error):
             raise
         free = shutil.disk_usage(path.parent).free / 2**20
         raise UsageError(
@@ -43,8 +43,8 @@ def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _says_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind this error: torch reports what Python told it as an error of its own."""
+def says_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: torch reports what Python told it as an error of its own."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error is not None and error.errno in FULL

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import interruption
 from checks import UsageError
 from config import Config, RuntimeConfig
+from files import says_full
 
 # ---------------------------------------------------------------- scripts
 
@@ -36,6 +37,9 @@ def run_script(main: Callable[[], None]) -> None:
     except UsageError as error:
         sys.exit(_one_line_error(error, code=2))
     except OSError as error:  # a full disk, a folder that cannot be written
+        if says_full(error):
+            words = "the disk is full or over its quota: make room where results go, and give the same command again"
+            sys.exit(_one_line_error(words, code=2))
         sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}", code=2))
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks

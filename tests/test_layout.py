@@ -30,6 +30,7 @@ LEAVES = {
     "corruption",
     "files",
     "flowdiff_process",
+    "growing",
     "holding",
     "image_ops",
     "interruption",

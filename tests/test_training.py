@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,14 @@ import torch
 from pipeline import COPIES, ROOT, flags_of, next_line, opens, shell, sources, strict_json
 
 import extract_latents
+import interruption
 import train_flowdiff
 from command_line import parse_command
 from dataset import open_datasets
 from files import load_checkpoint, save_checkpoint, sha256
 from flowdiff_model import FlowDiffUNet
 from latent_dataset import LatentDataset
-from model import rebuild_vae
+from model import RadiographVAE, rebuild_vae
 from radiographs.manifest import list_records, split_records
 from radiographs.membership import Membership
 from run_log import read_log
@@ -227,19 +229,46 @@ def test_a_vae_that_saw_every_validation_radiograph_is_refused(call, made, tmp_p
 
 def test_an_interrupted_phase_2_leaves_nothing_that_phase_3_takes(call, made, tmp_path, monkeypatch):
     assert call("extract_latents").code == 0
-    real = extract_latents.write_atomically
-
-    def stop(path, write):
-        if path.name == "latents_val.npy":
-            raise KeyboardInterrupt
-        real(path, write)
-
-    monkeypatch.setattr(extract_latents, "write_atomically", stop)
     folder = tmp_path / "phase2_latents"
-    assert call("extract_latents", "--latent.augmented-copies", 1).code == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(extract_latents, "find_outliers", told_to_stop)
+        assert call("extract_latents", "--latent.augmented-copies", 1).code == 130
     assert not (folder / "latents.json").exists() and (folder / "latents_val.npy").exists()
     result = call("train_flowdiff", "--flowdiff.latents", folder)
     assert result.code == 2 and "run python extract_latents.py first" in result.error
+
+
+def told_to_stop(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("batch", [1, 7, 13, 19], ids=lambda batch: f"after batch {batch}")
+def test_phase_2_goes_on_where_it_was_stopped_with_the_same_bytes(batch, call, made, tmp_path, monkeypatch):
+    """36 training latents in batches of 2, the last 24 of them augmented; batch 19 is the first of validation."""
+    encode, calls = RadiographVAE.encode, []
+
+    def encode_and_be_told(self, x):
+        calls.append(len(x))
+        if len(calls) == batch:
+            interruption._on_signal(signal.SIGTERM, None)
+        return encode(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RadiographVAE, "encode", encode_and_be_told)
+        stopped = call("extract_latents", "--latent.batch-size", 2)
+        rows = min(2 * batch, 36) if batch <= 18 else 2 * batch - 36
+        name = "latents_train.npy" if batch <= 18 else "latents_val.npy"
+        total = 36 if batch <= 18 else 4
+        assert stopped.code == 143
+        assert stopped.error.endswith(f"the same command goes on after {rows} of {total} latents of {name}")
+        assert call("extract_latents", "--latent.batch-size", 2).code == 0
+    assert sum(calls) == 36 + 4  # none twice
+    folder, whole = tmp_path / "phase2_latents", tmp_path / "whole"
+    assert call("extract_latents", "--latent.batch-size", 2, outputs=whole).code == 0
+    for split in ("train", "val"):
+        file = f"latents_{split}.npy"
+        assert sha256(folder / file) == sha256(whole / "phase2_latents" / file)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (whole / "phase2_latents").iterdir()}
 
 
 # ---------------------------------------------------------------- which weights are kept
