@@ -31,10 +31,7 @@ if __name__ == "__main__":
     interruption.begin()  # first: a signal may come during the imports below, too
 
 
-import os
-import shutil
-from dataclasses import dataclass, field
-from math import inf
+import json
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +40,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from calibration import Calibration, magnification_of
-from checks import UsageError
 from command_line import parse_command
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
@@ -51,30 +47,20 @@ from examination import calibration_of, open_normalizer, records_to_examine, ref
 from files import write_binary, write_csv, write_json
 from holding import hold
 from image_ops import residual_components
+from interruption import Steps, remember
 from metrics import false_positive_interval, summarize
-from normalizer import Examined
+from normalizer import Examined, Normalizer
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
+from radiographs.reading import ImageReadError
 from reporting.figures import ColourScale, save_result
 from reporting.lookup import Pseudonyms
 from reporting.summary import metrics_table
+from results import Unfinished, finished_entries, identity_of, refuse_to_write_among
 from runtime import plain, run_script
 
-UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
-RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv")
-
-
-@dataclass
-class Findings:
-    """What the loop over the images collects; maps and masks only of images with a known label."""
-
-    rows: list[list] = field(default_factory=list)
-    records: list[Record] = field(default_factory=list)
-    scores: list[float] = field(default_factory=list)
-    maps: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray | None] = field(default_factory=list)
-    coarser: int = 0  # files that show less than those of the validation normals
-    best: tuple[float, str] = (-inf, "")  # the highest score, and the figure that shows it
+COLUMNS = ["index", "name", "score", "p_value", "flagged", "label", "kind"]
+SAVE_EVERY = 10  # batches
 
 
 def main() -> None:
@@ -87,80 +73,101 @@ def main() -> None:
     held = hold(out, "results")
     calibration = calibration_of(model, config)
 
-    fresh = begin(out, config)
-    names, findings, errors = Pseudonyms(out), Findings(), []
-    threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
+    identity = identity_of(records, **shaping_results(calibration, config))
+    entries = finished_entries(out, identity) if config.runtime.resume else None
+    if entries is not None:
+        print(f"{out} holds these results already (--runtime.resume False examines anew)")
+        report(entries, calibration, metrics_in(out), config)
+        return
+    unfinished = Unfinished(out, identity, config.runtime.resume)
+    write_json(unfinished.folder / "config.json", plain(config))
+    examine(records, unfinished, model, calibration, config)
+
+    entries, skipped = unfinished.entries, out / "skipped_files.csv"
+    errors = [ImageReadError(records[entry["index"]].path, entry["error"]) for entry in entries if "error" in entry]
+    rows = [entry["row"] for entry in entries if "row" in entry]
+    report_skipped(errors, len(records), skipped)
+    refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=not rows)
+    write_csv(unfinished.folder / "scores.csv", COLUMNS, rows)
+    metrics = measure(records, unfinished, calibration)
+    if metrics:
+        write_json(unfinished.folder / "metrics.json", metrics)
+    unfinished.publish()
+    held.close()
+    report(entries, calibration, metrics, config)
+
+
+def examine(
+    records: list[Record], unfinished: Unfinished, model: Normalizer, calibration: Calibration, config: Config
+) -> None:
+    """Every record that is not examined yet: its entry, its map, its figure."""
+    settings, fresh, done = config.inference, unfinished.folder, unfinished.done
+    names = Pseudonyms(fresh if done else unfinished.out)
+    for index, record in enumerate(records[:done]):
+        names.name(index, record.path)  # the same as before: the table is written as a whole
+    places = {record.path: index for index, record in enumerate(records)}
     drawn, times = figures_to_draw(records, settings.figures), magnification_of(config)
+    threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
+    if done:
+        print(f"continuing after {done} of {len(records)} images (--runtime.resume False examines anew)")
+    errors: list[ImageReadError] = []
     finest = tuple(calibration.file_sizes[1])
-    with tqdm(total=len(records), desc="phase 4", unit="image") as progress:
-        for batch in read_batches(records, config.data, settings.batch_size, errors, times, finest):
+    batches = read_batches(records[done:], config.data, settings.batch_size, errors, times, finest)
+    steps, begun = Steps(), done
+    with tqdm(total=len(records), initial=done, desc="phase 4", unit="image") as progress:
+        for number, batch in enumerate(steps.of(batches), 1):
+            unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
+            errors.clear()
             images = torch.stack([torch.from_numpy(sample.image) for _, sample in batch]).unsqueeze(1)
             seen = model.examine(images, times)
             maps = calibration.anomaly_map(seen, config)
             scores = calibration.scores_of(seen, maps, config).tolist()
-            for position, (index, sample) in enumerate(batch):
+            for position, (place, sample) in enumerate(batch):
+                index = begun + place
                 refuse_known_content(model, sample, index, config)
                 record, score, anomaly_map = records[index], scores[position], maps[position, 0].cpu().numpy()
-                p_value = calibration.p_value(score)
+                p_value, figure = calibration.p_value(score), f"result_{index:03d}.png" if index in drawn else ""
                 row = [f"{index:03d}", names.name(index, record.path), f"{score:.6f}", f"{p_value:.4f}"]
-                label = "" if record.label is None else record.label
-                findings.rows.append([*row, int(score > threshold), label, record.kind])
-                keep(findings, record, score, anomaly_map, sample)
-                findings.coarser += calibration.coarser(sample.original_shape, config)
+                row += [int(score > threshold), "" if record.label is None else record.label, record.kind]
+                coarser = calibration.coarser(sample.original_shape, config)
+                entry = {"index": index, "row": row, "score": score, "coarser": coarser, "figure": figure}
+                unfinished.entries.append(entry)
+                if record.label is not None:
+                    unfinished.keep(index, anomaly_map, sample.mask)
                 if settings.save_maps:
                     save_map(fresh / "maps" / f"{index:03d}.npy", anomaly_map, sample, config)
-                if index in drawn:
-                    figure = f"result_{index:03d}.png"
+                if figure:
                     title = f"{title_of(index, score, p_value, threshold, record)}  |  method {settings.method}"
                     draw(fresh / figure, seen, position, anomaly_map, title, scale, sample.mask)
-                    findings.best = max(findings.best, (score, figure))
-            progress.update(len(batch))
-            if len(errors) > config.data.max_bad_share * len(records):
-                break  # refused below: no need to examine the rest first
-
-    skipped = out / "skipped_files.csv"
-    report_skipped(errors, len(records), skipped)
-    refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=not findings.rows)
-    columns = ["index", "name", "score", "p_value", "flagged", "label", "kind"]
-    write_csv(fresh / "scores.csv", columns, findings.rows)
+            done = min(len(records), begun + settings.batch_size * (1 + batch[-1][0] // settings.batch_size))
+            progress.update(done - progress.n)
+            if number % SAVE_EVERY == 0 or steps.asked:
+                names.save(fresh)
+                unfinished.save(done)
+                remember(f"the same command goes on after {done} of {len(records)} images")
+            if sum("error" in entry for entry in unfinished.entries) > config.data.max_bad_share * len(records):
+                break  # refused afterwards: no need to examine the rest first
+    unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
+    unfinished.entries.sort(key=lambda entry: entry["index"])
     names.save(fresh)
-    metrics = measure(findings, calibration)
-    if metrics:
-        write_json(fresh / "metrics.json", metrics)
-    publish(fresh, out)
-    held.close()
-    report(findings, len(errors), calibration, metrics, config)
+
+
+def shaping_results(calibration: Calibration, config: Config) -> dict:
+    """Everything beside the files that results follow from."""
+    names = ("belongs_to", "pixel_threshold", "scale", "file_sizes")
+    known = {name: getattr(calibration, name) for name in names} | {"scores": calibration.scores.tolist()}
+    asked = ("figures", "save_maps", "image_fpr", "examine_training_patients", "batch_size")
+    settings = {name: getattr(config.inference, name) for name in asked}
+    return {"calibration": known, "settings": settings, "preprocessing": config.data.preprocessing}
+
+
+def metrics_in(out: Path) -> dict | None:
+    """What an earlier run measured, if there were labels."""
+    path = out / "metrics.json"
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 # ---------------------------------------------------------------- results
-
-
-def refuse_to_write_among(records: list[Record], out: Path) -> None:
-    """UsageError if radiographs lie where results go: a new examination removes old results by their names."""
-    if any(out.resolve() in record.path.resolve().parents for record in records):
-        raise UsageError(f"{out} holds radiographs to examine: choose another --inference.output for the results")
-
-
-def begin(out: Path, config: Config) -> Path:
-    """An empty folder for the new results; earlier ones stay until these are complete."""
-    fresh = out / UNFINISHED
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    write_json(fresh / "config.json", plain(config))
-    return fresh
-
-
-def publish(fresh: Path, out: Path) -> None:
-    """Put the new results in place, file by file, then remove what an earlier examination left."""
-    new = {path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()}
-    for path in sorted(new):
-        (out / path).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(fresh / path, out / path)
-    shutil.rmtree(fresh)
-    for pattern in RESULTS:
-        for path in out.glob(pattern):
-            if path.relative_to(out) not in new:
-                path.unlink()
 
 
 def figures_to_draw(records: list[Record], count: int) -> set[int]:
@@ -172,15 +179,6 @@ def figures_to_draw(records: list[Record], count: int) -> set[int]:
         by_kind.setdefault(record.kind, []).append(index)
     turns = sorted((place, index) for indices in by_kind.values() for place, index in enumerate(indices))
     return {index for _, index in turns[:count]}
-
-
-def keep(findings: Findings, record: Record, score: float, anomaly_map: np.ndarray, sample: Sample) -> None:
-    """Remember what the metrics need of a labelled image."""
-    if record.label is not None:
-        findings.records.append(record)
-        findings.scores.append(score)
-        findings.maps.append(anomaly_map)
-        findings.masks.append(sample.mask)
 
 
 def save_map(path: Path, anomaly_map: np.ndarray, sample: Sample, config: Config) -> None:
@@ -213,30 +211,35 @@ def draw(
     save_result(path, *panels, anomaly_map, title, scale, mask)
 
 
-def measure(findings: Findings, calibration: Calibration) -> dict | None:
+def measure(records: list[Record], unfinished: Unfinished, calibration: Calibration) -> dict | None:
     """Everything for metrics.json; None unless there are labels of both kinds."""
-    labels = [record.label for record in findings.records]
+    known = [entry for entry in unfinished.entries if "row" in entry and records[entry["index"]].label is not None]
+    labelled = [records[entry["index"]] for entry in known]
+    labels = [record.label for record in labelled]
     if len(set(labels)) < 2:
         return None
-    kinds = [record.kind for record in findings.records]
-    patients = [record.patient for record in findings.records]
-    threshold = calibration.pixel_threshold
-    metrics = summarize(findings.scores, labels, kinds, findings.maps, findings.masks, threshold, patients)
+    kept = [unfinished.kept(entry["index"]) for entry in known]
+    maps, masks = [each[0] for each in kept], [each[1] for each in kept]
+    kinds, patients = [record.kind for record in labelled], [record.patient for record in labelled]
+    threshold, scores = calibration.pixel_threshold, [entry["score"] for entry in known]
+    metrics = summarize(scores, labels, kinds, maps, masks, threshold, patients)
     errors = {"identity_error": calibration.identity_error, "vae_error": calibration.vae_error}
     metrics["validation_normals"] = {"images": len(calibration.scores), **errors}
     return metrics
 
 
-def report(findings: Findings, skipped: int, calibration: Calibration, metrics: dict | None, config: Config) -> None:
+def report(entries: list[dict], calibration: Calibration, metrics: dict | None, config: Config) -> None:
     """The last words of phase 4: how many were flagged, how sure that is, where to look."""
     settings, out, normals = config.inference, Path(config.inference.output), len(calibration.scores)
     threshold = calibration.score_threshold(settings.image_fpr)
     low, high = false_positive_interval(normals, settings.image_fpr)
-    flagged = sum(row[4] for row in findings.rows)
-    print(f"\n{len(findings.rows)} images examined, {skipped} skipped, {flagged} flagged at score > {threshold:.4f}")
-    if findings.coarser:
+    examined = [entry for entry in entries if "row" in entry]
+    flagged, skipped = sum(entry["row"][4] for entry in examined), len(entries) - len(examined)
+    print(f"\n{len(examined)} images examined, {skipped} skipped, {flagged} flagged at score > {threshold:.4f}")
+    coarser = sum(entry["coarser"] for entry in examined)  # they show less than those of the validation normals
+    if coarser:
         print(
-            f"{findings.coarser} of {len(findings.rows)} files have fewer pixels than any validation normal: "
+            f"{coarser} of {len(examined)} files have fewer pixels than any validation normal: "
             "thresholds and p-values do not hold for them"
         )
     print(
@@ -258,8 +261,10 @@ def report(findings: Findings, skipped: int, calibration: Calibration, metrics: 
         *(["result_XXX.png"] if settings.figures else []),
     ]
     print(f"wrote {out}: {', '.join(written)}")
-    if findings.best[1]:
-        print(f"look at {out / findings.best[1]}: the highest score of those drawn")
+    drawn = [entry for entry in examined if entry["figure"]]
+    if drawn:
+        best = max(drawn, key=lambda entry: (entry["score"], entry["figure"]))
+        print(f"look at {out / best['figure']}: the highest score of those drawn")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ examination.
 
 import csv
 import dataclasses
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +25,11 @@ from examination import (
     refuse_known_content,
     refuse_to_lose_the_backbone,
 )
-from inference import begin, figures_to_draw, publish, refuse_to_write_among
+from inference import figures_to_draw
 from radiographs.manifest import Record, list_records, split_records
 from reader_training import RECIPE
 from reporting.lookup import LOOKUP, Pseudonyms
+from results import Unfinished, finished_entries, identity_of, refuse_to_write_among
 
 
 def write_radiographs(folder, names, size=(24, 32)):
@@ -222,24 +224,70 @@ def test_results_are_never_written_among_the_radiographs(study, tmp_path):
 
 
 def test_earlier_results_stay_until_the_new_ones_are_complete(tmp_path):
-    config = config_of(tmp_path)
     for name in ("scores.csv", "result_000.png", "result_001.png", "maps/000.npy", "metrics.json", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")
-    fresh = begin(tmp_path, config)
+    fresh = Unfinished(tmp_path, "an identity", resume=True)
     for name in ("scores.csv", "result_000.png"):
-        (fresh / name).write_text("new")
+        (fresh.folder / name).write_text("new")
+    fresh.keep(0, np.zeros((4, 4)), None)
     assert (tmp_path / "scores.csv").read_text() == "old" and (tmp_path / "metrics.json").exists()
-    publish(fresh, tmp_path)
-    assert listed(tmp_path) == ["config.json", "notes.txt", "result_000.png", "scores.csv"]
+    fresh.publish()
+    assert listed(tmp_path) == ["examination.json", "notes.txt", "result_000.png", "scores.csv"]
     assert (tmp_path / "scores.csv").read_text() == (tmp_path / "result_000.png").read_text() == "new"
 
 
-def test_what_a_killed_examination_left_is_not_mixed_with_the_next(tmp_path):
-    (begin(tmp_path, config_of(tmp_path)) / "result_009.png").write_text("of the killed one")
-    fresh = begin(tmp_path, config_of(tmp_path))
-    publish(fresh, tmp_path)
-    assert listed(tmp_path) == ["config.json"]
+@pytest.mark.parametrize(("identity", "resume"), [("another", True), ("an identity", False)])
+def test_what_a_killed_examination_left_is_not_mixed_with_another(identity, resume, tmp_path):
+    killed = Unfinished(tmp_path, "an identity", resume=True)
+    killed.entries.append({"index": 0})
+    killed.save(1)
+    (killed.folder / "result_009.png").write_text("of the killed one")
+    fresh = Unfinished(tmp_path, identity, resume)
+    assert fresh.entries == [] and fresh.done == 0
+    fresh.publish()
+    assert listed(tmp_path) == ["examination.json"]
+
+
+def test_a_killed_examination_goes_on_with_what_it_knew(tmp_path):
+    killed, mask = Unfinished(tmp_path, "an identity", resume=True), np.eye(4, dtype=bool)
+    killed.entries.append({"index": 0, "score": 0.1 + 0.2})
+    killed.keep(0, np.full((4, 4), 0.1, np.float32), mask)
+    killed.save(1)
+    killed.entries.append({"index": 1})  # not known to be whole
+    fresh = Unfinished(tmp_path, "an identity", resume=True)
+    assert fresh.entries == [{"index": 0, "score": 0.1 + 0.2}] and fresh.done == 1
+    kept = fresh.kept(0)
+    np.testing.assert_array_equal(kept[0], np.full((4, 4), 0.1, np.float32))
+    np.testing.assert_array_equal(kept[1], mask)
+    fresh.keep(1, np.zeros((4, 4)), None)
+    assert fresh.kept(1)[1] is None
+
+
+def test_finished_results_are_known_while_all_of_them_are_there(tmp_path):
+    fresh = Unfinished(tmp_path, "an identity", resume=True)
+    fresh.entries.append({"index": 0})
+    (fresh.folder / "scores.csv").write_text("new")
+    assert finished_entries(tmp_path, "an identity") is None
+    fresh.publish()
+    assert finished_entries(tmp_path, "an identity") == [{"index": 0}]
+    assert finished_entries(tmp_path, "another") is None
+    (tmp_path / "scores.csv").unlink()
+    assert finished_entries(tmp_path, "an identity") is None
+
+
+def test_the_identity_of_an_examination_is_that_of_its_files_and_settings(study):
+    records = list_records(study, "auto")
+    known = identity_of(records, figures=3)
+    assert known == identity_of(list_records(study, "auto"), figures=3) != identity_of(records, figures=4)
+    assert known != identity_of(records[:-1], figures=3)
+    other = dataclasses.replace(records[0], kind="something else")
+    assert known != identity_of([other, *records[1:]], figures=3)
+    os.utime(records[0].path, ns=(1, 1))
+    changed = identity_of(records, figures=3)
+    assert known != changed
+    records[0].path.unlink()
+    assert identity_of(records, figures=3) not in (known, changed)
 
 
 def test_pseudonyms_are_the_same_in_the_next_run_and_others_elsewhere(tmp_path):

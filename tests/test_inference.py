@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from pipeline import flags_of, opens, strict_json, table
 from sklearn.metrics import roc_auc_score
 
 import examination
+import interruption
 from calibration import Calibration
 from checks import UsageError
 from command_line import parse_command
@@ -21,6 +23,7 @@ from config import InferenceConfig
 from files import load_checkpoint, save_checkpoint, sha256
 from normalizer import Normalizer
 from phantoms import phantom
+from reporting.lookup import LOOKUP
 from runtime import plain
 
 QUIET = ["--inference.figures", 0, "--inference.save-maps", "False"]
@@ -39,7 +42,7 @@ def listed_test_rows(made):
 
 def test_every_artefact_of_phase_4_is_there_and_nothing_unfinished(examined):
     fixed = {"scores.csv", "maps", "metrics.json", "config.json", "lookup_local_only.csv"}
-    fixed.add(".results.lock")
+    fixed |= {".results.lock", "examination.json"}
     assert fixed == {path.name for path in examined.phase4.iterdir() if not path.match("result_*.png")}
     assert {path.name for path in (examined.out / "calibration").iterdir()} == {"statistical.npz", "statistical.json"}
 
@@ -129,6 +132,67 @@ def test_the_plain_map_is_the_formula_of_the_mission_between_the_file_and_g(call
         expected += 0.3 * np.abs(ndi.laplace(residual, mode="nearest"))
         ours = np.load(tmp_path / "phase4_inference" / "maps" / f"{index:03d}.npy")
         np.testing.assert_allclose(ours, expected, atol=1e-4)
+
+
+# ---------------------------------------------------------------- stopped, taken up again, asked for again
+
+
+def results_in(folder):
+    """Every file of an examination but the table that leads back, whose names are of that folder alone."""
+    names = ("*.png", "maps/*.npy", "metrics.json")
+    return {path.relative_to(folder): path.read_bytes() for name in names for path in folder.glob(name)}
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_a_stopped_examination_goes_on_and_ends_as_one_that_was_not(stop, call, examined, tmp_path, monkeypatch):
+    """Nine images, two at a time, one of them unreadable."""
+    data = tmp_path / "phantoms"
+    shutil.copytree(examined.phantoms, data)
+    first = next(row for row in listed_test_rows(examined))
+    (data / first["image"]).write_bytes(b"not a picture")
+    known = ["--inference.calibration", examined.out / "calibration", "--inference.batch-size", 2]
+    known += ["--data.max-bad-share", 0.5]
+    examine, seen = Normalizer.examine, []
+
+    def examine_and_be_told(self, images, times):
+        seen.append(len(images))
+        if len(seen) == stop:
+            interruption._on_signal(signal.SIGTERM, None)
+        return examine(self, images, times)
+
+    whole = tmp_path / "whole"
+    with pytest.warns(UserWarning, match="1 of 9 files"):
+        assert call("inference", *known, data=data, outputs=whole).code == 0
+    monkeypatch.setattr(Normalizer, "examine", examine_and_be_told)
+    stopped = call("inference", *known, data=data)
+    assert stopped.code == 143
+    assert stopped.error == f"interrupted by SIGTERM: the same command goes on after {2 * stop} of 9 images"
+    with pytest.warns(UserWarning, match="1 of 9 files"):
+        resumed = call("inference", *known, data=data)
+    assert resumed.code == 0 and f"continuing after {2 * stop} of 9 images" in resumed.out
+    assert sum(seen) == 8  # none twice
+    ours, theirs = tmp_path / "phase4_inference", whole / "phase4_inference"
+    assert results_in(ours) == results_in(theirs)
+    assert scores_in(ours) == scores_in(theirs)
+    names = [row["name"] for row in table(ours / "scores.csv")]
+    assert names == [row["name"] for row in table(ours / LOOKUP) if row["index"] != f"{0:03d}"]
+    assert "1 skipped" in resumed.out
+
+
+def test_what_was_examined_is_not_examined_again_unless_asked(call, examined, tmp_path, monkeypatch):
+    known = ["--inference.calibration", examined.out / "calibration", *QUIET]
+    first = call("inference", *known)
+    assert first.code == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "phase4_inference").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("inference.read_batches", lambda *given: pytest.fail("examined again"))
+        again = call("inference", *known)
+    assert again.code == 0 and "holds these results already (--runtime.resume False examines anew)" in again.out
+    assert again.out.split("\n\n", 1)[1] == first.out.split("\n\n", 1)[1]  # the same last words
+    changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
+    assert changed <= {".results.lock", "skipped_files.csv"}
+    for more in (["--runtime.resume", "False"], ["--inference.image-fpr", 0.2]):
+        assert "already" not in call("inference", *known, *more).out
 
 
 # ---------------------------------------------------------------- today's config against the checkpoints

@@ -36,6 +36,7 @@ LEAVES = {
     "interruption",
     "metrics",
     "presets",
+    "results",
     "run_log",
     "runtime",
 }
