@@ -269,11 +269,14 @@ class RuntimeConfig:
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: str = "dental-normalizer"  # project the runs appear under
     checkpoint_every: int = 1_000  # steps between writes of checkpoint_last.pt in phases 1 and 3
+    keep_every: int = 0  # steps between checkpoint_step_XXXXXX.pt, which later phases can read too; 0 keeps none
+    keep_most: int = 5  # of these; the oldest go first
     max_skipped_steps: int = 20  # steps in a row whose gradient is not finite before training stops; each is skipped
 
     def __post_init__(self):
         require_ranges("runtime", self, ("seed",), 0, 2**31 - 1)
-        require_ranges("runtime", self, ("checkpoint_every", "max_skipped_steps"), 1)
+        require_ranges("runtime", self, ("checkpoint_every", "max_skipped_steps", "keep_most"), 1)
+        require_ranges("runtime", self, ("keep_every",), 0)
 
 
 @dataclass(frozen=True)

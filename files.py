@@ -100,6 +100,12 @@ def remove_files(folder: Path | str, patterns: tuple[str, ...]) -> None:
             path.unlink()
 
 
+def keep_newest(folder: Path | str, pattern: str, most: int) -> None:
+    """Of the files of a run whose names end in the step, such as checkpoint_step_*.pt, remove all but the last few."""
+    for path in sorted(Path(folder).glob(pattern))[:-most]:
+        path.unlink()
+
+
 def sha256(path: Path | str) -> str:
     """Content hash of a file: how one phase recognises the very file of another."""
     with open(path, "rb") as file:

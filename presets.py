@@ -49,8 +49,10 @@ TABLE = (
     ("calibration.alignment",         SAME,                    0.024),
     ("reader.copies",                 2,                       2),
     ("reader.mirror",                 SAME,                    False),  # phantoms' sides are drawn apart
-    ("reader.members",                SAME,                    1),
-    ("reader.steps",                  3_000,                   2_700),
+    ("reader.members",                1,                       1),
+    ("reader.steps",                  2_000,                   2_700),
+    ("reader.fewest_corruptions",     SAME,                    4),
+    ("reader.most_corruptions",       SAME,                    10),
     ("reader.residual_weight",        SAME,                    1.0),  # it sees implants; seeds 8 and 9 say so
     ("runtime.device",                "cpu",                   "cpu"),
     ("runtime.checkpoint_every",      150,                     100),

@@ -3,8 +3,8 @@
 Reads   outputs/phase2_latents/ and outputs/phase1_vae/checkpoint_best.pt
 
 Writes  outputs/phase3_flowdiff/: checkpoint_best.pt for phase 4, checkpoint_generative.pt (EMA weights at phase1_steps,
-        before the identity constraint has done its work), checkpoint_last.pt to resume, log.csv, curves.png, and PNGs
-        of samples and of G(x) beside x on validation normals
+        before the identity constraint has done its work), checkpoint_last.pt to resume, by runtime.keep_every others on
+        the way, log.csv, curves.png, and PNGs of samples and of G(x) beside x on validation normals
 
 Curriculum: noise prediction and velocity on one path, L_gen = lambda_diff L_diff + lambda_flow L_flow; then the
 identity constraint |x - G(x)| on normals comes in, its weight rising from 0 at identity_warmup_start to
@@ -36,7 +36,16 @@ from tqdm import tqdm
 from checks import UsageError
 from command_line import CommandLine, parse_command
 from config import Config, FlowDiffTrainingConfig
-from files import RunIdentity, load_checkpoint, remove_files, resume_point, save_checkpoint, sha256, write_json
+from files import (
+    RunIdentity,
+    keep_newest,
+    load_checkpoint,
+    remove_files,
+    resume_point,
+    save_checkpoint,
+    sha256,
+    write_json,
+)
 from flowdiff_batch import draw
 from flowdiff_loss import (
     generative_loss,
@@ -183,6 +192,9 @@ def main() -> None:
                 keep("checkpoint_best.pt", scores)
         if step == settings.phase1_steps:
             keep("checkpoint_generative.pt", {})
+        if options.keep_every and step % options.keep_every == 0:
+            keep(f"checkpoint_step_{step:06d}.pt", {})
+            keep_newest(out, "checkpoint_step_*.pt", options.keep_most)
         if step % settings.sample_every == 0 or ends:
             draw_samples(ema.module, validation, decode, config, step)
         if step % options.checkpoint_every == 0 or ends or stopping:

@@ -2,8 +2,9 @@
 
 Reads   the normal radiographs of data.root (train and validation patients)
 
-Writes  outputs/phase1_vae/: checkpoint_best.pt for phases 2 to 4, checkpoint_last.pt to resume, log.csv,
-        curves.png, and val_XXXXXX.png with original, reconstruction and residual of validation images
+Writes  outputs/phase1_vae/: checkpoint_best.pt for phases 2 to 4, checkpoint_last.pt to resume, by runtime.keep_every
+        others on the way, log.csv, curves.png, and val_XXXXXX.png with original, reconstruction and residual of
+        validation images
 
 Only the decoder is trained by default, so that the latent space stays the pretrained one.
 The log has every term of the loss unweighted (loss_pix, loss_grad, loss_hf, loss_ssim, loss_kl) and as it enters the
@@ -33,6 +34,7 @@ from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config
 from dataset import RadiographDataset, open_normals
 from files import (
     RunIdentity,
+    keep_newest,
     load_checkpoint,
     remove_files,
     resume_point,
@@ -152,6 +154,11 @@ def main() -> None:
             continue  # and wait at the next gradient while the first validates
         if step % settings.validate_every == 0 or ends:
             best = validated(best)
+        if options.keep_every and step % options.keep_every == 0:
+            guard.check(step, vae.state_dict())
+            kept = {"weights": vae.state_dict(), "scores": {}, "step": step}
+            save_checkpoint(out / f"checkpoint_step_{step:06d}.pt", "vae", handed_on | kept)
+            keep_newest(out, "checkpoint_step_*.pt", options.keep_most)
         if step % options.checkpoint_every == 0 or ends or stopping:
             guard.check(step, vae.state_dict())
             state = {"weights": vae.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity.plain()}

@@ -171,6 +171,8 @@ BAD = [
     (c.InferenceConfig, "inference.figures", {"figures": -2}),
     (c.RuntimeConfig, "runtime.seed", {"seed": -1}),
     (c.RuntimeConfig, "runtime.checkpoint_every", {"checkpoint_every": 0}),
+    (c.RuntimeConfig, "runtime.keep_every", {"keep_every": -1}),
+    (c.RuntimeConfig, "runtime.keep_most", {"keep_most": 0}),
 ]
 
 

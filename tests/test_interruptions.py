@@ -155,6 +155,21 @@ def test_every_step_is_taken_in_the_mode_of_training(interrupt, call, monkeypatc
     assert Dropout.modes == [True] * 6
 
 
+@pytest.mark.parametrize(("script", "kind"), [("train_vae", "vae"), ("train_flowdiff", "flowdiff")])
+def test_checkpoints_on_the_way_are_kept_up_to_a_number(script, kind, call, made, tmp_path):
+    """A later phase can read them; a resumed run keeps the same ones."""
+    kept = ["--runtime.keep-every", 2, "--runtime.keep-most", 2, *QUICK]
+    assert call(script, *kept).code == 0
+    last_step = {"train_vae": 6, "train_flowdiff": 8}[script]
+    folder = tmp_path / PLACES[script]
+    steps = [load_checkpoint(path, kind, "")["step"] for path in sorted(folder.glob("checkpoint_step_*.pt"))]
+    assert steps == [last_step - 2, last_step]
+    known = load_checkpoint(folder / "checkpoint_best.pt", kind, "")
+    assert load_checkpoint(folder / f"checkpoint_step_{last_step:06d}.pt", kind, "").keys() == known.keys()
+    assert call(script, "--runtime.resume", "False", *QUICK).code == 0
+    assert not list(folder.glob("checkpoint_step_*.pt"))
+
+
 def test_a_finished_run_started_again_changes_nothing(call, made, tmp_path):
     out = shutil.copytree(made.phase3, tmp_path / "phase3_flowdiff")
     before = sha256(out / "checkpoint_best.pt"), (out / "log.csv").read_text()
