@@ -72,9 +72,10 @@ OURS: dict[str, tuple[str, ...]] = {
     "reader: without inner features of G": without("features", "trunk"),
     "reader: its map alone": DEAF,
     # how it reads
-    "reader: one network": ("--reader.members", "1"),
-    "reader: one network of near surroundings": ("--reader.members", "1", "--reader.distances", "1", "2"),
-    "reader: one network of one side": ("--reader.members", "1", "--reader.mirror", "False"),
+    "reader: three networks": ("--reader.members", "3"),
+    "reader: near surroundings": ("--reader.distances", "1", "2"),
+    "reader: one side": ("--reader.mirror", "False"),
+    "reader: at the size of G": ("--reader.magnification", "1"),
     # what it learns from
     "reader: without offset and shade": without("fills", "offset", "shade"),
     "reader: without level and saturate": without("fills", "level", "saturate"),
