@@ -80,6 +80,11 @@ def continues(step: int, total: int) -> str:
     return f"the same command continues from step {step} of {total}"
 
 
+def remembered() -> str:
+    """What the same command would do if the run ended now."""
+    return _memory["words"]
+
+
 def last_words(error: KeyboardInterrupt) -> str:
     """The line that an interrupted run ends with."""
     by = f" by {error}" if isinstance(error, Interrupted) else ""

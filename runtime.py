@@ -41,10 +41,29 @@ def run_script(main: Callable[[], None]) -> None:
             words = "the disk is full or over its quota: make room where results go, and give the same command again"
             sys.exit(_one_line_error(words, code=2))
         sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}", code=2))
+    except (MemoryError, RuntimeError) as error:
+        words = _what_ran_out(error)
+        if words is None:
+            raise
+        sys.exit(_one_line_error(f"{words}; {interruption.remembered()}", code=2))
     except KeyboardInterrupt as error:
         if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
             print(interruption.last_words(error), file=sys.stderr)
         sys.exit(getattr(error, "code", 130))
+
+
+def _what_ran_out(error: Exception) -> str | None:
+    """What to do about memory that is too small, or about a process that was killed for it; None for another error."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU has too little memory: lower the batch_size of this phase (vae, latent, flowdiff or inference)"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "the machine has too little memory: lower this phase's batch_size, data.cache_gb or data.num_workers"
+    if "DataLoader worker" in str(error):
+        return (
+            "a process that reads radiographs ahead was killed, perhaps for want of memory: lower data.num_workers "
+            "(0 reads in the main process) or data.cache_gb"
+        )
+    return None
 
 
 def _one_line_error(error: object, code: int) -> int:

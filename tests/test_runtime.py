@@ -1,6 +1,7 @@
 """What every phase leans on: reproducible order and noise, steps that may fail, the log."""
 
 import csv
+import errno
 import math
 from collections import Counter
 from pathlib import Path
@@ -128,6 +129,10 @@ def test_noise_depends_on_every_part_of_its_key_and_on_nothing_else():
     [
         (UsageError("do this"), 2, "error: do this\n"),
         (KeyboardInterrupt(), 130, "interrupted: nothing to continue from"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 2, "error: the GPU has too little memory: lower the"),
+        (MemoryError(), 2, "error: the machine has too little memory: lower this"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: the machine has too"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full or over its quota: make room"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_a_code(error, code, line, capsys):

@@ -78,6 +78,19 @@ def test_ctrl_c_reaches_the_processes_that_read_ahead_and_they_go_on_reading(mad
     assert error.strip().endswith(f"the same command continues from step {step} of 400") and step < 400
 
 
+def test_a_process_that_reads_ahead_and_is_killed_ends_the_run_with_the_remedy(made, tmp_path):
+    longer = ["--vae.steps", 400, "--vae.validate-every", 400, "--runtime.checkpoint-every", 2, "--data.num-workers", 1]
+    process = start(["train_vae.py", *flags_of(tmp_path, made.phantoms, *longer)])
+    wait_for(tmp_path / "phase1_vae/checkpoint_last.pt", process)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for child in map(int, children):
+        os.kill(child, signal.SIGKILL)
+    error = process.communicate(timeout=120)[1].strip().splitlines()[-1]
+    assert process.returncode == 2
+    assert error.startswith("error: a process that reads radiographs ahead was killed") and "data.num_workers" in error
+    assert "the same command continues from step" in error
+
+
 @pytest.mark.parametrize("number", interruption.SIGNALS, ids=NAMES.get)
 def test_during_the_imports_there_is_nothing_to_continue_from(number):
     process = start(["-c", "import interruption, time; interruption.begin(); print(1, flush=True); time.sleep(60)"])
