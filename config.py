@@ -42,7 +42,7 @@ class DataConfig:
     val_share: float = 0.15  # share of patients held out for validation where no split is given
     test_share: float = 0.15  # share of normal patients held out for testing where a manifest has labels but no split
     split_seed: int = 0  # another number, another split; runtime.seed leaves the split alone
-    max_bad_share: float = 0.05  # a run stops if more files cannot be read; fewer are listed in skipped_files.csv
+    max_bad_share: float = 0.05  # a run stops if more files cannot be read; fewer are listed in skipped_local_only.csv
     cache_gb: float = 4.0  # decoded images kept in memory up to this size; 0 reads every file anew each epoch
     num_workers: int = 4  # loader processes; 0 loads in the main process
     flip: bool = False  # mirror left-right at random: doubles the data, but left and right then mean nothing

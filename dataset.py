@@ -63,8 +63,8 @@ def open_datasets(
 ) -> dict[str, "RadiographDataset"]:
     """Read every file once, drop and report the unreadable ones, keep the others in memory if they fit config.cache_gb.
 
-    report is the skipped_files.csv to write; quiet (for all processes but the first) shows no bar and writes nothing.
-    UsageError if more than config.max_bad_share of the files, or a whole split, cannot be read.
+    report is the skipped_local_only.csv to write; quiet (for all processes but the first) shows no bar and writes
+    nothing. UsageError if more than config.max_bad_share of the files, or a whole split, cannot be read.
     """
     records = [record for split in splits.values() for record in split]
     fits = len(records) * config.height * config.width * 5 <= config.cache_gb * 2**30  # float32 image and bool mask
@@ -117,14 +117,14 @@ def attempt_sample(
 
 
 def report_skipped(errors: list[ImageReadError], total: int, report: Path) -> None:
-    """Write skipped_files.csv if there is anything to say, and remove that of an earlier run if not.
+    """Write skipped_local_only.csv if there is anything to say, and remove that of an earlier run if not.
 
     It names files without their folders, which may name patients.
     """
     if not errors:
         report.unlink(missing_ok=True)
         return
-    write_csv(report, ["file", "reason"], [[error.path.name, error.reason] for error in errors])
+    write_csv(report, ["file", "reason"], [[error.path.name, error.reason] for error in errors], private=True)
     warnings.warn(f"{len(errors)} of {total} files cannot be read and are left out: see {report}", stacklevel=3)
 
 

@@ -172,7 +172,9 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
                 images.append(sample.image)
                 shapes.append(sample.original_shape)
                 digests.append(sample.digest)
-    report = Path(config.inference.calibration) / ("skipped_training_files.csv" if training else "skipped_files.csv")
+    report = Path(config.inference.calibration) / (
+        "skipped_training_local_only.csv" if training else "skipped_local_only.csv"
+    )
     report_skipped(errors, len(records), report)
     refuse_too_many_bad(len(errors), len(records), config.data, report)
     if left_out and training:

@@ -4,7 +4,8 @@ Reads   the normal radiographs of data.root and outputs/phase1_vae/checkpoint_be
         and who validates; a radiograph that trained the VAE is no validation radiograph here either
 
 Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), raw; latents_{train,val}.pkl with the
-        source path of every row, for people; latents.json with the mean and std per channel that standardize them
+        source path of every row, for people, and for the owner of the file alone; latents.json with the mean and std
+        per channel that standardize them
 
 Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only
 latents.
@@ -20,6 +21,7 @@ if __name__ == "__main__":
 
 
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ from interruption import Steps, ignore_signals, remember
 from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
 from radiographs.membership import Membership
-from runtime import plain, run_script, start, without
+from runtime import plain, run_script, shareable, start, without
 
 SAVE_EVERY = 20  # batches
 
@@ -57,7 +59,7 @@ def main() -> None:
     vae = rebuild_vae(checkpoint).to(accelerator.device)
 
     held = hold(out, "latents")
-    datasets = open_normals(config.data, config.runtime.seed, out / "skipped_files.csv")
+    datasets = open_normals(config.data, config.runtime.seed, out / "skipped_local_only.csv")
     rows = {"train": list(range(len(datasets["train"]))), "val": unseen_rows(datasets["val"], checkpoint, settings)}
 
     made_of = made_from(config, datasets, rows, vae_sha256)
@@ -69,19 +71,18 @@ def main() -> None:
     # From here until it is written again nothing that lies in the folder may pass for finished.
     (out / "latents.json").unlink(missing_ok=True)
     latents: dict[str, np.ndarray] = {}
-    sources: dict[str, list[str]] = {}
     written: list[GrowingArray] = []
     for split, copies in (("train", settings.augmented_copies), ("val", 0)):
         dataset, path = datasets[split], out / f"latents_{split}.npy"
         keys = [(copy, row) for copy in range(1 + copies) for row in rows[split]]
         written.append(encode_to_file(vae, dataset, keys, path, made_of, config, accelerator.device))
         latents[split] = np.load(path, mmap_mode="r", allow_pickle=False)
-        sources[split] = [str(dataset.records[row].path) for _, row in keys]
-        pickled = pickle.dumps(sources[split])
-        write_atomically(out / f"latents_{split}.pkl", lambda beside, pickled=pickled: beside.write_bytes(pickled))
+        pickled = pickle.dumps([str(dataset.records[row].path) for _, row in keys])
+        fill = partial(Path.write_bytes, data=pickled)
+        write_atomically(out / f"latents_{split}.pkl", fill, private=True)
 
     mean, std = channel_statistics(latents["train"])
-    outliers = find_outliers(latents, sources, settings.outlier_std)
+    outliers = find_outliers(latents, settings.outlier_std)
     description = {
         "format": FORMAT,
         "vae_sha256": vae_sha256,
@@ -96,8 +97,7 @@ def main() -> None:
         "split": config.data.split,
         "members": members_of(datasets, rows),
         "outliers": outliers,
-        "sources": sources,
-        "config": plain(config),
+        "config": shareable(config),
     }
     write_sealed_json(out / "latents.json", description)
     for array in written:
@@ -208,7 +208,7 @@ def channel_statistics(latents: np.ndarray, rows_at_once: int = 256) -> tuple[np
     return mean, np.sqrt(squares / count - mean**2)
 
 
-def find_outliers(latents: dict[str, np.ndarray], sources: dict[str, list[str]], limit: float) -> list[dict]:
+def find_outliers(latents: dict[str, np.ndarray], limit: float) -> list[dict]:
     """Rows whose mean or spread in a channel lies more than `limit` robust deviations from the training rows' median.
 
     Raises UsageError if a latent is not finite: training on it would destroy the network.
@@ -217,11 +217,11 @@ def find_outliers(latents: dict[str, np.ndarray], sources: dict[str, list[str]],
         split: np.stack([np.r_[row.mean((1, 2)), row.std((1, 2))] for row in rows]) for split, rows in latents.items()
     }
     for split, values in features.items():
-        bad = sorted({Path(sources[split][row]).name for row in np.flatnonzero(~np.isfinite(values).all(1))})
-        if bad:
+        bad = np.flatnonzero(~np.isfinite(values).all(1))
+        if len(bad):
             raise UsageError(
-                f"the latents of {', '.join(bad[:5])} ({len(bad)} files) are not finite: "
-                "look at these files, or train phase 1 again"
+                f"{len(bad)} latents are not finite, such as row {bad[0]} of latents_{split}: look at its file, which "
+                f"latents_{split}.pkl names, or train phase 1 again"
             )
     median = np.median(features["train"], axis=0)
     deviation = np.median(np.abs(features["train"] - median), axis=0)
@@ -230,7 +230,7 @@ def find_outliers(latents: dict[str, np.ndarray], sources: dict[str, list[str]],
     for split, values in features.items():
         distance = (np.abs(values - median) / spread).max(axis=1)
         found += [
-            {"split": split, "row": int(row), "source": sources[split][row], "deviations": float(distance[row])}
+            {"split": split, "row": int(row), "deviations": float(distance[row])}
             for row in np.flatnonzero(distance > limit)
         ]
     return found
@@ -243,10 +243,10 @@ def summarize(latents: dict[str, np.ndarray], mean: np.ndarray, std: np.ndarray,
         size = " x ".join(map(str, rows.shape[1:]))
         print(f"{split}: {len(rows)} latents of {size}, raw mean {_list(split_mean)}, raw std {_list(split_std)}")
         print(f"  standardized: mean {_list((split_mean - mean) / std)}, std {_list(split_std / std)}")
-    names = sorted({Path(outlier["source"]).name for outlier in outliers})
-    if names:
-        shown = ", ".join(names[:10]) + (" ..." if len(names) > 10 else "")
-        print(f"{len(names)} file(s) lie far out, look at them (rows in latents.json): {shown}")
+    if outliers:
+        shown = ", ".join(f"{outlier['split']} row {outlier['row']}" for outlier in outliers[:10])
+        more = " ..." if len(outliers) > 10 else ""
+        print(f"{len(outliers)} latents lie far out, look at their files (latents_*.pkl names them): {shown}{more}")
 
 
 def _list(values: np.ndarray) -> str:

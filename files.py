@@ -21,12 +21,17 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk
 SEAL = "content_sha256"  # in a JSON file that says of itself whether it is whole
 
 
-def write_atomically(path: Path | str, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, flush it to the disk, put it in place: readers never see half a file."""
+def write_atomically(path: Path | str, write: Callable[[Path], None], private: bool = False) -> None:
+    """Let `write` fill a file beside `path`, flush it to the disk, put it in place: readers never see half a file.
+
+    A private one is its owner's alone to read; others follow the umask.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if private:
+            os.close(os.open(beside, os.O_CREAT | os.O_WRONLY, 0o600))  # before anything is in it
         write(beside)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
@@ -83,14 +88,25 @@ def _content_sha256(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def write_csv(path: Path | str, columns: list[str], rows: list[list]) -> None:
-    """A table, whole or not at all."""
+def write_csv(path: Path | str, columns: list[str], rows: list[list], private: bool = False) -> None:
+    """A table, whole or not at all, of which a spreadsheet takes no cell for a formula."""
 
     def write(beside: Path) -> None:
         with open(beside, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:  # names of any bytes
-            csv.writer(file).writerows([columns, *rows])
+            csv.writer(file).writerows([columns, *([defused(cell) for cell in row] for row in rows)])
 
-    write_atomically(path, write)
+    write_atomically(path, write, private)
+
+
+def defused(cell: object) -> object:
+    """Text that a spreadsheet would execute, with the apostrophe before it that makes it text again."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def remove_files(folder: Path | str, patterns: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ Reads   radiographs (data.test, or the test split of data.root) and the checkpoi
 
 Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image,
         metrics.json where labels exist, lookup_local_only.csv, the one file that says which source each index is, and
-        skipped_files.csv with the names of files that could not be read
+        skipped_local_only.csv with the names of files that could not be read
 
         outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
         every later examination
@@ -57,7 +57,7 @@ from reporting.figures import ColourScale, save_result
 from reporting.lookup import Pseudonyms
 from reporting.summary import metrics_table
 from results import Unfinished, finished_entries, identity_of, refuse_to_write_among
-from runtime import plain, run_script
+from runtime import run_script, shareable
 
 COLUMNS = ["index", "name", "score", "p_value", "flagged", "label", "kind"]
 SAVE_EVERY = 10  # batches
@@ -80,10 +80,10 @@ def main() -> None:
         report(entries, calibration, metrics_in(out), config)
         return
     unfinished = Unfinished(out, identity, config.runtime.resume)
-    write_json(unfinished.folder / "config.json", plain(config))
+    write_json(unfinished.folder / "config.json", shareable(config))
     examine(records, unfinished, model, calibration, config)
 
-    entries, skipped = unfinished.entries, out / "skipped_files.csv"
+    entries, skipped = unfinished.entries, out / "skipped_local_only.csv"
     errors = [ImageReadError(records[entry["index"]].path, entry["error"]) for entry in entries if "error" in entry]
     rows = [entry["row"] for entry in entries if "row" in entry]
     report_skipped(errors, len(records), skipped)

@@ -90,7 +90,8 @@ class Unfinished:
                 if path.relative_to(self.out) not in new:
                     path.unlink()
         files = sorted(path.as_posix() for path in new)
-        write_sealed_json(self.out / NOTE, {"identity": self.identity, "files": files, "entries": self.entries})
+        entries = [entry if "error" not in entry else entry | {"error": ""} for entry in self.entries]  # may name one
+        write_sealed_json(self.out / NOTE, {"identity": self.identity, "files": files, "entries": entries})
 
 
 def _note_of(folder: Path, identity: str) -> dict | None:

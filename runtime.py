@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -25,6 +26,8 @@ import interruption
 from checks import UsageError
 from config import Config, RuntimeConfig
 from files import says_full
+
+PLACES_OF_PATIENTS = (("data", "root"), ("data", "test"))  # settings whose very names may be a patient's
 
 # ---------------------------------------------------------------- scripts
 
@@ -254,6 +257,19 @@ class StepGuard:
 def plain(config: object) -> dict:
     """A config as dicts, lists and scalars: what checkpoints and JSON may hold."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def shareable(config: Config) -> dict:
+    """A config as `plain` gives it, less what says where things lie: that may name a patient, a clinic or a user.
+
+    Of a path the last name stays, of data.root and data.test nothing.
+    """
+    shown = plain(config)
+    for phase, fields in shown.items():
+        for name, value in fields.items():
+            if isinstance(value, str) and ("/" in value or os.sep in value or (phase, name) in PLACES_OF_PATIENTS):
+                fields[name] = "" if (phase, name) in PLACES_OF_PATIENTS else Path(value).name
+    return shown
 
 
 def without(fields: dict, *names: str) -> dict:

@@ -72,6 +72,7 @@ from runtime import (
     precision_of,
     run_script,
     set_learning_rate,
+    shareable,
     start,
     step_loader,
     stream_seed,
@@ -143,7 +144,7 @@ def main() -> None:
         save_checkpoint(out / name, "flowdiff", handed_on | {"weights": weights, "scores": scores, "step": step})
 
     if main_process:
-        write_json(out / "config.json", plain(config))
+        write_json(out / "config.json", shareable(config))
 
     steps = Steps()
     progress = tqdm(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)
@@ -243,7 +244,7 @@ def run_identity(
 def hand_on(config: Config, vae_checkpoint: dict, description: dict, vae_sha256: str) -> dict:
     """What checkpoint_best.pt hands on beside its weights: phase 4 has to guess nothing."""
     return {
-        "config": plain(config),
+        "config": shareable(config),
         "preprocessing": description["preprocessing"],
         "split": description["split"],
         "members": [vae_checkpoint["members"], description["members"]],  # of the VAE, and of this network

@@ -58,6 +58,7 @@ from runtime import (
     precision_of,
     run_script,
     set_learning_rate,
+    shareable,
     start,
     step_loader,
     stream_seed,
@@ -79,7 +80,7 @@ def main() -> None:
     accelerator = start(config.runtime)
     device, main_process = accelerator.device, accelerator.is_main_process
 
-    datasets = open_normals(config.data, seed, out / "skipped_files.csv", quiet=not main_process)
+    datasets = open_normals(config.data, seed, out / "skipped_local_only.csv", quiet=not main_process)
     train, validation = datasets["train"].augmented(), datasets["val"]
     size = f"{config.data.height} x {config.data.width}"
     accelerator.print(f"{len(train)} training and {len(validation)} validation radiographs at {size}")
@@ -122,7 +123,7 @@ def main() -> None:
         return scores["loss"]
 
     if main_process:
-        write_json(out / "config.json", plain(config))
+        write_json(out / "config.json", shareable(config))
         if step == 0:
             best = validated(best)
 
@@ -198,7 +199,7 @@ def hand_on(config: Config, vae: RadiographVAE, datasets: dict[str, RadiographDa
     patients = {name: [record.patient for record in dataset.records] for name, dataset in datasets.items()}
     digests = {name: dataset.digests for name, dataset in datasets.items()}
     return {
-        "config": plain(config),
+        "config": shareable(config),
         "recipe": vae.recipe(),
         "preprocessing": config.data.preprocessing,
         "split": config.data.split,

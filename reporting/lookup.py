@@ -33,5 +33,5 @@ class Pseudonyms:
         return name
 
     def save(self, folder: Path) -> None:
-        """Write the table that must stay where it is."""
-        write_csv(folder / LOOKUP, ["index", "name", "source", "salt"], self.rows)
+        """Write the table that must stay where it is, for its owner alone to read."""
+        write_csv(folder / LOOKUP, ["index", "name", "source", "salt"], self.rows, private=True)

@@ -33,7 +33,7 @@ def stream(records, config=CONFIG, seed=0):
 def train(tmp_path):
     """A dataset in memory and its augmented twin."""
     splits = {"train": list_records(write_images(tmp_path, 6))}
-    dataset = open_datasets(splits, CONFIG, 7, tmp_path / "skipped_files.csv", quiet=True)["train"]
+    dataset = open_datasets(splits, CONFIG, 7, tmp_path / "skipped_local_only.csv", quiet=True)["train"]
     return dataset, dataset.augmented()
 
 
@@ -80,8 +80,8 @@ def test_an_item_holds_what_inference_needs(tmp_path):
 
 def test_unreadable_files_are_listed_and_left_out(tmp_path):
     (write_images(tmp_path / "data", 20) / "007.png").write_text("<html>")
-    records, report = list_records(tmp_path / "data"), tmp_path / "out" / "skipped_files.csv"
-    with pytest.warns(UserWarning, match=r"1 of 20 files cannot be read and are left out: see .*skipped_files.csv"):
+    records, report = list_records(tmp_path / "data"), tmp_path / "out" / "skipped_local_only.csv"
+    with pytest.warns(UserWarning, match=r"1 of 20 files cannot be read and are left out: see .*skipped_local"):
         data = open_datasets({"train": records[:15], "val": records[15:]}, CONFIG, 0, report)
     assert (len(data["train"]), len(data["val"])) == (14, 5)
     with open(report, newline="") as file:
@@ -94,9 +94,9 @@ def test_unreadable_files_are_listed_and_left_out(tmp_path):
 def test_too_many_unreadable_files_stop_the_run(tmp_path):
     folder = write_images(tmp_path / "data", 10)
     (folder / "007.png").write_text("<html>")
-    message = r"1 of 10 files cannot be read, see .*skipped_files.csv"
+    message = r"1 of 10 files cannot be read, see .*skipped_local_only.csv"
     with pytest.warns(UserWarning), pytest.raises(UsageError, match=message):
-        open_datasets({"train": list_records(folder)}, CONFIG, 0, tmp_path / "skipped_files.csv")
+        open_datasets({"train": list_records(folder)}, CONFIG, 0, tmp_path / "skipped_local_only.csv")
 
 
 def test_a_split_of_which_nothing_can_be_read_stops_the_run_whatever_the_share(tmp_path):
@@ -104,7 +104,7 @@ def test_a_split_of_which_nothing_can_be_read_stops_the_run_whatever_the_share(t
     records[9].path.write_text("<html>")
     config = dataclasses.replace(CONFIG, max_bad_share=1)
     with pytest.warns(UserWarning), pytest.raises(UsageError, match="1 of 10 files"):
-        open_datasets({"train": records[:9], "val": records[9:]}, config, 0, tmp_path / "skipped_files.csv")
+        open_datasets({"train": records[:9], "val": records[9:]}, config, 0, tmp_path / "skipped_local_only.csv")
 
 
 def test_neither_the_report_nor_a_warning_names_a_folder_that_may_name_a_patient(tmp_path):
@@ -117,8 +117,8 @@ def test_neither_the_report_nor_a_warning_names_a_folder_that_may_name_a_patient
     records, errors = list_records(write_manifest(folder, rows)), []
     assert list(read_batches(records, CONFIG, 2, errors)) == []
     with pytest.warns(UserWarning) as caught:
-        report_skipped(errors, 3, tmp_path / "skipped_files.csv")
-    text = (tmp_path / "skipped_files.csv").read_text()
+        report_skipped(errors, 3, tmp_path / "skipped_local_only.csv")
+    text = (tmp_path / "skipped_local_only.csv").read_text()
     assert [line.split(",")[0] for line in text.splitlines()] == ["file", "m.png", "001.png", "002.png"]
     assert "Jane" not in text + "".join(str(warning.message) for warning in caught) + "".join(map(str, errors))
 
@@ -206,7 +206,7 @@ def test_an_unexpected_error_ends_the_batches_at_once_and_leaves_no_thread(reads
 def test_an_unexpected_error_ends_opening_too(reads, tmp_path):
     splits, threads = {"train": list_records(write_images(tmp_path, 20))}, threading.active_count()
     with pytest.raises(MemoryError):
-        open_datasets(splits, CONFIG, 0, tmp_path / "skipped_files.csv", quiet=True)
+        open_datasets(splits, CONFIG, 0, tmp_path / "skipped_local_only.csv", quiet=True)
     assert threading.active_count() <= threads  # fewer, where a progress bar of an earlier test has gone
 
 
@@ -267,7 +267,7 @@ def test_a_dataset_travels_to_a_spawned_worker(train):
 @pytest.mark.skipif(not BENCH.exists(), reason="the real radiographs are not beside the repository")
 def test_the_real_benchmark_is_read_whole(tmp_path):
     splits = split_records(list_records(BENCH), CONFIG)
-    data = open_datasets(splits, CONFIG, 0, tmp_path / "skipped_files.csv", quiet=True)
+    data = open_datasets(splits, CONFIG, 0, tmp_path / "skipped_local_only.csv", quiet=True)
     assert {name: len(dataset) for name, dataset in data.items()} == {"train": 198, "val": 40, "test": 346}
     assert sum(record.label for record in splits["test"]) == 306
     assert all(data["test"][i]["mask"].any() for i, record in enumerate(splits["test"]) if record.mask)

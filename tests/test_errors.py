@@ -89,7 +89,7 @@ def test_data_that_cannot_be_trained_on_names_the_remedy(name, call, tmp_path):
 @pytest.mark.filterwarnings("ignore:3 of 3 files")
 def test_unreadable_files_are_listed_in_a_file_that_the_error_names(call, tmp_path):
     code, lines = call("train_vae", "--data.root", only_garbage(tmp_path / "data"))
-    report = tmp_path / "out" / "phase1_vae" / "skipped_files.csv"
+    report = tmp_path / "out" / "phase1_vae" / "skipped_local_only.csv"
     assert code == 2 and lines[-1].startswith("error: 3 of 3 files cannot be read") and str(report) in lines[-1]
     assert report.read_text().count(".png") >= 3
 

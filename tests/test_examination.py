@@ -205,7 +205,7 @@ def test_too_many_unreadable_validation_normals_stop_the_run_and_are_listed(stud
         pytest.raises(UsageError, match=r"1 of 3 files .*max_bad_share"),
     ):
         read_normals(model_that_trained_on(), config_of(study), "val")[0]
-    assert "3.png" in (study / "calibration" / "skipped_files.csv").read_text()
+    assert "3.png" in (study / "calibration" / "skipped_local_only.csv").read_text()
 
 
 # ---------------------------------------------------------------- results

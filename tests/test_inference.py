@@ -24,7 +24,7 @@ from files import load_checkpoint, save_checkpoint, sha256
 from normalizer import Normalizer
 from phantoms import phantom
 from reporting.lookup import LOOKUP
-from runtime import plain
+from runtime import shareable
 
 QUIET = ["--inference.figures", 0, "--inference.save-maps", "False"]
 
@@ -48,7 +48,7 @@ def test_every_artefact_of_phase_4_is_there_and_nothing_unfinished(examined):
 
 
 def test_phase_4_writes_the_config_it_ran_with(examined):
-    expected = plain(parse_command("", flags_of(examined.out, examined.phantoms)).config)
+    expected = shareable(parse_command("", flags_of(examined.out, examined.phantoms)).config)
     assert strict_json(examined.phase4 / "config.json") == expected
 
 
@@ -190,7 +190,7 @@ def test_what_was_examined_is_not_examined_again_unless_asked(call, examined, tm
     assert again.code == 0 and "holds these results already (--runtime.resume False examines anew)" in again.out
     assert again.out.split("\n\n", 1)[1] == first.out.split("\n\n", 1)[1]  # the same last words
     changed = {path.name for path, time in before.items() if path.stat().st_mtime_ns != time}
-    assert changed <= {".results.lock", "skipped_files.csv"}
+    assert changed <= {".results.lock", "skipped_local_only.csv"}
     for more in (["--runtime.resume", "False"], ["--inference.image-fpr", 0.2]):
         assert "already" not in call("inference", *known, *more).out
 
@@ -304,7 +304,7 @@ def test_an_unreadable_file_is_named_and_the_others_keep_their_places(call, unla
     assert call("inference", "--data.test", unlabelled, "--data.max-bad-share", 0.5).code == 0
     out = tmp_path / "phase4_inference"
     assert [row["index"] for row in table(out / "scores.csv")] == ["000", "002"]
-    assert [row["file"] for row in table(out / "skipped_files.csv")] == ["visit_0b.png"]
+    assert [row["file"] for row in table(out / "skipped_local_only.csv")] == ["visit_0b.png"]
 
 
 def test_too_many_unreadable_files_stop_the_run_and_leave_the_earlier_results(call, examined, unlabelled, tmp_path):
