@@ -24,8 +24,11 @@ from checks import UsageError
 from config import DataConfig
 from files import write_csv
 from radiographs.geometry import fit_detail, fit_mask
+from radiographs.likeness import fingerprint, twins
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from radiographs.reading import ImageReadError, read_mask, read_radiograph, rescale
+
+TWINS = "twins_local_only.csv"
 
 
 class Sample(NamedTuple):
@@ -70,6 +73,7 @@ def open_datasets(
     fits = len(records) * config.height * config.width * 5 <= config.cache_gb * 2**30  # float32 image and bool mask
     samples: dict[Path, Sample] = {}
     digests: dict[Path, str] = {}
+    prints: dict[Path, np.ndarray] = {}
     errors: list[ImageReadError] = []
     pool = ThreadPoolExecutor(max(1, config.num_workers))
     try:
@@ -80,6 +84,7 @@ def open_datasets(
                 errors.append(result)
                 continue
             digests[record.path] = result.digest
+            prints[record.path] = fingerprint(result.image)
             if fits:
                 samples[record.path] = result
     finally:
@@ -89,6 +94,8 @@ def open_datasets(
     readable = {name: [record for record in split if record.path in digests] for name, split in splits.items()}
     emptied = any(split and not readable[name] for name, split in splits.items())
     refuse_too_many_bad(len(errors), len(records), config, report, emptied)
+    if not quiet:
+        report_twins(readable, prints, report.with_name(TWINS))
     datasets = {}
     for name, split in readable.items():
         theirs = [digests[record.path] for record in split]
@@ -126,6 +133,29 @@ def report_skipped(errors: list[ImageReadError], total: int, report: Path) -> No
         return
     write_csv(report, ["file", "reason"], [[error.path.name, error.reason] for error in errors], private=True)
     warnings.warn(f"{len(errors)} of {total} files cannot be read and are left out: see {report}", stacklevel=3)
+
+
+def report_twins(splits: dict[str, list[Record]], prints: dict[Path, np.ndarray], report: Path) -> None:
+    """Write twins_local_only.csv if radiographs of several patients, or of several splits, are one picture.
+
+    What trains and validates at once flatters every score, and so does one patient under two names.
+    """
+    placed = [(name, record) for name, split in splits.items() for record in split]
+    everyone = np.stack([prints[record.path] for _, record in placed])
+    rows = []
+    for one, other in twins(everyone, everyone):
+        (split, record), (other_split, twin) = placed[one], placed[other]
+        if one < other and (split != other_split or record.patient != twin.patient):
+            rows.append([split, record.path.name, other_split, twin.path.name])
+    if not rows:
+        report.unlink(missing_ok=True)
+        return
+    write_csv(report, ["split", "file", "split of its twin", "its twin"], rows, private=True)
+    warnings.warn(
+        f"{len(rows)} pairs of radiographs of different patients or splits look like one picture: see {report}, and "
+        "give one picture one patient",
+        stacklevel=3,
+    )
 
 
 def refuse_too_many_bad(bad: int, total: int, config: DataConfig, report: Path, emptied: bool = False) -> None:

@@ -22,6 +22,8 @@ SPLITS = {"": None, "train": "train", "val": "val", "valid": "val", "validation"
 LABELS = {"": None, "0": 0, "0.0": 0, "1": 1, "1.0": 1}  # pandas writes whole columns as floats if one cell is empty
 FILES_PER_PATIENT = 5  # a panoramic, or a few over the years; folders that hold more are classes, years or clinics
 LARGEST_PATIENT = 50  # files; nobody has more panoramics, so that a larger folder is a collection of patients
+# modalities that a panoramic may carry: the right one, and what scanners and archives write instead; "" says nothing
+RADIOGRAPHY = ("PX", "IO", "DX", "CR", "RG", "RF", "XA", "SC", "OT", "DR", "")
 RULES = {
     "header": "by PatientID",
     "manifest": "by the manifest",
@@ -79,6 +81,11 @@ def _list_folder(root: Path) -> list[Record]:
     others = len(found) - len(images)
     if others:
         message = f"{others} DICOM files are not images (reports, presentation states, indexes ...) and are passed over"
+        warnings.warn(message, stacklevel=3)
+    foreign = Counter(header.modality for _, header in images if header.modality not in RADIOGRAPHY)
+    if foreign:
+        named = ", ".join(f"{count} {modality}" for modality, count in sorted(foreign.items()))
+        message = f"some DICOM files say that they are no radiographs ({named}): see whether they belong here"
         warnings.warn(message, stacklevel=3)
     if not images:
         suffixes = " ".join(SUFFIXES)

@@ -382,3 +382,21 @@ def test_a_patient_in_two_splits_is_refused_without_being_named(pair, rule, reme
 def test_what_cannot_be_split_is_refused_with_the_remedy(records, message):
     with pytest.raises(UsageError, match=message):
         split_records(records, CONFIG)
+
+
+@pytest.mark.parametrize(("modality", "named"), [("CT", True), ("mr ", True), ("US", True), ("PX", False), ("", False)])
+def test_what_says_that_it_is_no_radiograph_is_named(modality, named, tmp_path):
+    for number in range(2):
+        write_dicom(tmp_path / f"{number}.dcm", noise(), Modality=modality if number else "PX", PatientID=f"P{number}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert len(list_records(tmp_path)) == 2
+    words = [str(warning.message) for warning in said if "no radiographs" in str(warning.message)]
+    assert words == (
+        [
+            f"some DICOM files say that they are no radiographs (1 {modality.strip().upper()}): see whether "
+            "they belong here"
+        ]
+        if named
+        else []
+    )

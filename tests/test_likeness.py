@@ -1,0 +1,88 @@
+"""Whether two radiographs are one picture: copies are, whatever was done to them, and patients are not."""
+
+import csv
+import stat
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+from pipeline import ROOT
+
+from config import DataConfig
+from dataset import TWINS, open_datasets
+from phantoms import phantom
+from radiographs.likeness import MOST, fingerprint, twins
+from radiographs.manifest import list_records, split_records
+from radiographs.reading import read_radiograph, rescale
+
+BENCH = ROOT.parent / "shared" / "data" / "ufba_bench"
+
+
+@pytest.fixture(scope="module")
+def patients(tmp_path_factory):
+    """Phantoms of twenty patients."""
+    folder = tmp_path_factory.mktemp("patients")
+    phantom.write_dataset(folder, train=16, val=4, test_normal=0, test_per_lesion=0, height=128, width=256, workers=1)
+    return folder
+
+
+def images_in(folder):
+    records = list_records(folder)
+    return np.stack([rescale(read_radiograph(record.path), 0.5, 99.5) for record in records])
+
+
+def changed(image, how):
+    if how == "exposed anew":
+        return 2 * np.clip((image + 1) / 2, 0, 1) ** 1.3 - 1
+    if how == "smaller":
+        return cv2.resize(image, None, fx=0.7, fy=0.7, interpolation=cv2.INTER_AREA)
+    coded = cv2.imencode(".jpg", (127.5 * (image + 1)).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 40])[1]
+    return cv2.imdecode(coded, cv2.IMREAD_GRAYSCALE) / 127.5 - 1
+
+
+@pytest.mark.parametrize("how", ["exposed anew", "smaller", "compressed"])
+def test_a_copy_is_known_and_a_patient_is_not(how, patients):
+    originals = images_in(patients)
+    copies = np.stack([fingerprint(changed(image, how)) for image in originals])
+    own = np.stack([fingerprint(image) for image in originals])
+    assert twins(own, copies) == [(number, number) for number in range(len(own))]
+
+
+@pytest.mark.skipif(not BENCH.is_dir(), reason="the radiographs are not here")
+def test_no_two_real_patients_are_one_picture():
+    records = [record for record in list_records(BENCH) if record.split in ("train", "val")][:80]
+    prints = np.stack([fingerprint(read_radiograph(record.path).pixels) for record in records])
+    assert len(twins(prints, prints)) == len(prints)
+
+
+def test_pairs_are_found_however_many_are_compared_at_once(monkeypatch):
+    random = np.random.default_rng(0)
+    ones = random.integers(0, 256, (40, 32), np.uint8)
+    others = ones[[3, 30, 31]].copy()
+    others[0, :2] ^= 0xFF  # 16 signs
+    others[1, :2] ^= 0xFF
+    others[1, 2] ^= 1  # one more
+    assert MOST == 16
+    for at_once in (1, 300, 2**22):
+        monkeypatch.setattr("radiographs.likeness.AT_ONCE", at_once)
+        assert twins(ones, others) == [(3, 0), (31, 2)]
+    assert twins(ones, ones[:0]) == [] == twins(ones[:0], ones)
+
+
+def test_one_picture_under_two_patients_is_told_and_named_locally(patients, tmp_path):
+    records = list_records(patients)
+    splits = split_records(records, DataConfig(root=str(patients), height=64, width=128))
+    train, val = splits["train"][0], splits["val"][0]
+    pixels = rescale(read_radiograph(train.path), 0.5, 99.5)
+    copy = patients / "images" / "copy.png"
+    Image.fromarray((127.5 * (changed(pixels, "smaller") + 1)).astype(np.uint8)).save(copy)
+    doubled = {"train": splits["train"], "val": [*splits["val"], val.__class__(**{**vars(val), "path": copy})]}
+    config, report = DataConfig(height=64, width=128), tmp_path / "skipped_local_only.csv"
+    with pytest.warns(UserWarning, match="1 pairs of radiographs of different patients or splits look like one"):
+        open_datasets(doubled, config, 0, report)
+    with open(tmp_path / TWINS, newline="") as file:
+        assert list(csv.reader(file))[1:] == [["train", train.path.name, "val", "copy.png"]]
+    assert stat.S_IMODE((tmp_path / TWINS).stat().st_mode) == 0o600
+    open_datasets(splits, config, 0, report)
+    assert not (tmp_path / TWINS).exists()
