@@ -16,7 +16,8 @@ from runtime import plain
 class RunLog:
     """Numbers of a run: rows of (step, name, value) in log.csv; by config also wandb, which gets no image and no path.
 
-    A resumed run drops the rows after the step it resumes from, so that the file reads as if nothing had happened.
+    A resumed run drops the rows after the step it resumes from and says with its first ones, in a row named resumed,
+    which step that was: the means of train/ from there to the next rows are of what came after it.
     """
 
     def __init__(self, folder: Path | str, name: str, config: Config, from_step: int = 0, enabled: bool = True):
@@ -24,7 +25,7 @@ class RunLog:
         if not enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
+        self.resumed_at, kept = from_step, []
         if from_step and self.path.is_file():
             kept = [row for row in _whole_rows(self.path) if int(row[0]) <= from_step]
         write_csv(self.path, ["step", "name", "value"], kept)
@@ -36,6 +37,9 @@ class RunLog:
         if not self.enabled:
             return
         with open(self.path, "a", newline="") as file:
+            if self.resumed_at:
+                csv.writer(file).writerow([self.resumed_at, "resumed", self.resumed_at])
+                self.resumed_at = 0
             csv.writer(file).writerows(
                 [step, name, value if isinstance(value, str) else f"{value:.6g}"] for name, value in values.items()
             )

@@ -164,7 +164,7 @@ def rows(folder):
         return list(csv.reader(file))
 
 
-def test_a_resumed_log_reads_as_if_nothing_had_happened(tmp_path):
+def test_a_resumed_log_drops_what_came_after_and_says_where_it_was_cut(tmp_path):
     log = RunLog(tmp_path, "phase", Config())
     for step in (1, 2, 3, 4):
         log.write(step, {"loss": step / 8, "kl": "n/a"})
@@ -173,8 +173,10 @@ def test_a_resumed_log_reads_as_if_nothing_had_happened(tmp_path):
     assert rows(tmp_path) == [
         ["step", "name", "value"],
         *[[str(s), n, v] for s, v in ((1, "0.125"), (2, "0.25")) for n, v in (("loss", v), ("kl", "n/a"))],
-    ] + [["3", "loss", "9"]]
-    assert read_log(tmp_path) == {"loss": ([1, 2, 3], [0.125, 0.25, 9.0])}
+    ] + [["2", "resumed", "2"], ["3", "loss", "9"]]
+    again.write(4, {"loss": 8.0})
+    assert rows(tmp_path)[-1] == ["4", "loss", "8"]  # said once
+    assert read_log(tmp_path) == {"loss": ([1, 2, 3, 4], [0.125, 0.25, 9.0, 8.0]), "resumed": ([2], [2.0])}
 
 
 def test_a_new_run_begins_a_new_log(tmp_path):
@@ -189,7 +191,7 @@ def test_a_line_cut_off_by_a_power_cut_does_not_stop_the_resumed_run(tmp_path, t
     with open(tmp_path / "log.csv", "a") as file:
         file.write(torn)
     RunLog(tmp_path, "phase", Config(), from_step=5).write(6, {"loss": 0.5})
-    assert read_log(tmp_path) == {"loss": ([1, 6], [1.0, 0.5])}
+    assert read_log(tmp_path) == {"loss": ([1, 6], [1.0, 0.5]), "resumed": ([5], [5.0])}
 
 
 def test_only_the_first_process_writes(tmp_path):
