@@ -53,9 +53,12 @@ def read_sample(record: Record, config: DataConfig, times: int = 1, finest: tupl
         raise ImageReadError(record.path, str(error)) from error
     mask = None
     if record.mask:
-        mask = read_mask(record.mask)
+        try:
+            mask = read_mask(record.mask)
+        except ImageReadError as error:
+            raise ImageReadError(record.path, f"its mask {error.path.name} cannot be used: {error.reason}") from error
         if mask.shape != shape:
-            raise ImageReadError(record.mask, f"the mask has {mask.shape} pixels, its radiograph {shape}")
+            raise ImageReadError(record.path, f"its mask {record.mask.name} has {mask.shape} pixels, not {shape}")
         mask = fit_mask(mask, height, width, fit, times)
     digest = hashlib.sha256(repr(shape).encode() + radiograph.pixels.tobytes()).hexdigest()
     return Sample(fit_detail(x, height, width, fit, times, finest), mask, shape, digest)

@@ -123,14 +123,16 @@ def test_neither_the_report_nor_a_warning_names_a_folder_that_may_name_a_patient
     assert "Jane" not in text + "".join(str(warning.message) for warning in caught) + "".join(map(str, errors))
 
 
-def test_an_unreadable_mask_and_one_of_another_size_name_the_mask(tmp_path):
+def test_an_unreadable_mask_and_one_of_another_size_are_errors_of_their_image(tmp_path):
     write_images(tmp_path, 2)
     Image.new("L", (30, 30)).save(tmp_path / "m.png")
     rows = [{"image": f"00{i}.png", "mask": mask, "label": "1"} for i, mask in enumerate(("m.png", "absent.png"))]
     dataset = stream(list_records(write_manifest(tmp_path, rows)))
-    for index, reason in ((0, r"m.png: the mask has \(30, 30\) pixels"), (1, "absent.png: No such file")):
-        with pytest.raises(ImageReadError, match=reason):
+    reasons = (r"000.png: its mask m.png has \(30, 30\) pixels", "001.png: its mask absent.png .*: No such file")
+    for index, reason in enumerate(reasons):
+        with pytest.raises(ImageReadError, match=reason) as caught:
             dataset[index]
+        assert caught.value.path == dataset.records[index].path  # it is counted as an error of the image
 
 
 @pytest.mark.parametrize("content", [b"<html>", None])

@@ -179,6 +179,28 @@ def test_a_stopped_examination_goes_on_and_ends_as_one_that_was_not(stop, call, 
     assert "1 skipped" in resumed.out
 
 
+@pytest.mark.parametrize(
+    ("spoilt", "reason"), [(b"no picture", "its mask .* cannot be used"), (None, "its mask .* has")]
+)
+def test_a_mask_that_cannot_be_used_is_an_error_of_its_image(spoilt, reason, call, examined, tmp_path):
+    """An abnormal image is never taken for one without a mask, nor lost without a word."""
+    data = tmp_path / "phantoms"
+    shutil.copytree(examined.phantoms, data)
+    row = next(row for row in listed_test_rows(examined) if row["mask"])
+    if spoilt is None:
+        Image.new("L", (40, 30), 255).save(data / row["mask"])
+    else:
+        (data / row["mask"]).write_bytes(spoilt)
+    known = ["--inference.calibration", examined.out / "calibration", "--data.max-bad-share", 0.5, *QUIET]
+    with pytest.warns(UserWarning, match="1 of 9 files"):
+        result = call("inference", *known, data=data)
+    assert result.code == 0 and "8 images examined, 1 skipped" in result.out
+    (skipped,) = table(tmp_path / "phase4_inference" / "skipped_local_only.csv")
+    assert skipped["file"] == Path(row["image"]).name and re.match(reason, skipped["reason"])
+    kinds = strict_json(tmp_path / "phase4_inference" / "metrics.json")["kinds"]
+    assert row["kind"] not in kinds
+
+
 def test_what_was_examined_is_not_examined_again_unless_asked(call, examined, tmp_path, monkeypatch):
     known = ["--inference.calibration", examined.out / "calibration", *QUIET]
     first = call("inference", *known)
