@@ -60,7 +60,7 @@ from results import Unfinished, finished_entries, identity_of, refuse_to_write_a
 from runtime import run_script, shareable
 
 COLUMNS = ["index", "name", "score", "p_value", "flagged", "label", "kind"]
-SAVE_EVERY = 10  # batches
+SAVE_EVERY = 10  # batches at first, then a twentieth of those that are done: the note grows with them
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def examine(
     errors: list[ImageReadError] = []
     finest = tuple(calibration.file_sizes[1])
     batches = read_batches(records[done:], config.data, settings.batch_size, errors, times, finest)
-    steps, begun = Steps(), done
+    steps, begun, next_save = Steps(), done, SAVE_EVERY
     with tqdm(total=len(records), initial=done, desc="phase 4", unit="image") as progress:
         for number, batch in enumerate(steps.of(batches), 1):
             unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
@@ -141,7 +141,8 @@ def examine(
                     draw(fresh / figure, seen, position, anomaly_map, title, scale, sample.mask)
             done = min(len(records), begun + settings.batch_size * (1 + batch[-1][0] // settings.batch_size))
             progress.update(done - progress.n)
-            if number % SAVE_EVERY == 0 or steps.asked:
+            if number >= next_save or steps.asked:
+                next_save = number + max(SAVE_EVERY, number // 20)
                 names.save(fresh)
                 unfinished.save(done)
                 remember(f"the same command goes on after {done} of {len(records)} images")
