@@ -146,9 +146,9 @@ def report_twins(splits: dict[str, list[Record]], prints: dict[Path, np.ndarray]
     placed = [(name, record) for name, split in splits.items() for record in split]
     everyone = np.stack([prints[record.path] for _, record in placed])
     rows = []
-    for one, other in twins(everyone, everyone):
+    for one, other in twins(everyone):
         (split, record), (other_split, twin) = placed[one], placed[other]
-        if one < other and (split != other_split or record.patient != twin.patient):
+        if split != other_split or record.patient != twin.patient:
             rows.append([split, record.path.name, other_split, twin.path.name])
     if not rows:
         report.unlink(missing_ok=True)

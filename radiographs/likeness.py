@@ -10,8 +10,8 @@ import numpy as np
 
 SIDE = 16
 MOST = 16  # of 256 signs that may differ between copies of one picture
-AT_ONCE = 2**22  # bytes compared at once
-SET_BITS = np.array([number.bit_count() for number in range(256)])  # numpy counts them itself only from 2.0 on
+AT_ONCE = 2**20  # pairs compared at once
+SET_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
 
 
 def fingerprint(image: np.ndarray) -> np.ndarray:
@@ -20,11 +20,25 @@ def fingerprint(image: np.ndarray) -> np.ndarray:
     return np.packbits(thumbnail[:, 1:] > thumbnail[:, :-1])
 
 
-def twins(ones: np.ndarray, others: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs of fingerprints, from (N, 32) and (M, 32), that are of one picture."""
-    found = []
-    rows = max(1, AT_ONCE // max(1, len(others) * others.shape[1] if others.size else 1))
-    for first in range(0, len(ones), rows):
-        differ = SET_BITS[ones[first : first + rows, None] ^ others[None]].sum(axis=2)
-        found += [(first + int(one), int(other)) for one, other in np.argwhere(differ <= MOST)]
+def twins(prints: np.ndarray) -> list[tuple[int, int]]:
+    """The pairs of fingerprints (N, 32) that are of one picture, the first before the second."""
+    found, first = [], 0
+    while first < len(prints):
+        rows = max(1, AT_ONCE // (len(prints) - first))
+        differ = _differences(prints[first : first + rows], prints[first:])
+        found += [(first + int(one), first + int(other)) for one, other in np.argwhere(differ <= MOST) if one < other]
+        first += rows
     return found
+
+
+def _differences(ones: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How many signs differ, uint16 (N, M)."""
+    if hasattr(np, "bitwise_count"):  # from numpy 2.0 on, ten times as fast
+        ones, others = (np.ascontiguousarray(part).view(np.uint64) for part in (ones, others))
+        count = np.bitwise_count
+    else:
+        count = SET_BITS.__getitem__
+    total = np.zeros((len(ones), len(others)), np.uint16)
+    for word in range(ones.shape[1]):
+        total += count(ones[:, word, None] ^ others[None, :, word])
+    return total

@@ -119,7 +119,7 @@ def test_neither_the_report_nor_a_warning_names_a_folder_that_may_name_a_patient
     with pytest.warns(UserWarning) as caught:
         report_skipped(errors, 3, tmp_path / "skipped_local_only.csv")
     text = (tmp_path / "skipped_local_only.csv").read_text()
-    assert [line.split(",")[0] for line in text.splitlines()] == ["file", "m.png", "001.png", "002.png"]
+    assert [line.split(",")[0] for line in text.splitlines()] == ["file", "000.png", "001.png", "002.png"]
     assert "Jane" not in text + "".join(str(warning.message) for warning in caught) + "".join(map(str, errors))
 
 

@@ -46,28 +46,31 @@ def test_a_copy_is_known_and_a_patient_is_not(how, patients):
     originals = images_in(patients)
     copies = np.stack([fingerprint(changed(image, how)) for image in originals])
     own = np.stack([fingerprint(image) for image in originals])
-    assert twins(own, copies) == [(number, number) for number in range(len(own))]
+    assert twins(np.concatenate([own, copies])) == [(number, len(own) + number) for number in range(len(own))]
 
 
 @pytest.mark.skipif(not BENCH.is_dir(), reason="the radiographs are not here")
 def test_no_two_real_patients_are_one_picture():
     records = [record for record in list_records(BENCH) if record.split in ("train", "val")][:80]
     prints = np.stack([fingerprint(read_radiograph(record.path).pixels) for record in records])
-    assert len(twins(prints, prints)) == len(prints)
+    assert twins(prints) == []
 
 
-def test_pairs_are_found_however_many_are_compared_at_once(monkeypatch):
+@pytest.mark.parametrize("counted", ["by numpy", "by a table"])
+def test_pairs_are_found_however_many_are_compared_at_once(counted, monkeypatch):
     random = np.random.default_rng(0)
     ones = random.integers(0, 256, (40, 32), np.uint8)
-    others = ones[[3, 30, 31]].copy()
-    others[0, :2] ^= 0xFF  # 16 signs
-    others[1, :2] ^= 0xFF
-    others[1, 2] ^= 1  # one more
+    ones[35], ones[36], ones[37] = ones[3], ones[30], ones[31]
+    ones[35, :2] ^= 0xFF  # 16 signs
+    ones[36, :2] ^= 0xFF
+    ones[36, 2] ^= 1  # one more
     assert MOST == 16
+    if counted == "by a table":
+        monkeypatch.delattr(np, "bitwise_count", raising=False)
     for at_once in (1, 300, 2**22):
         monkeypatch.setattr("radiographs.likeness.AT_ONCE", at_once)
-        assert twins(ones, others) == [(3, 0), (31, 2)]
-    assert twins(ones, ones[:0]) == [] == twins(ones[:0], ones)
+        assert twins(ones) == [(3, 35), (31, 37)]
+    assert twins(ones[:1]) == [] == twins(ones[:0])
 
 
 def test_one_picture_under_two_patients_is_told_and_named_locally(patients, tmp_path):
