@@ -94,9 +94,10 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
         return known
     if known is not None:
         print(f"the calibration in {folder} belongs to other checkpoints or settings: made anew")
-    normals = normals or read_normals(model, config, "val")
-    made = replace(calibrate(model, normals.images, config, reader), file_sizes=normals.file_sizes)
-    made.save(folder)
+    with hold(folder, "calibration"):
+        normals = normals or read_normals(model, config, "val")
+        made = replace(calibrate(model, normals.images, config, reader), file_sizes=normals.file_sizes)
+        made.save(folder)
     return made
 
 

@@ -43,6 +43,7 @@ from radiographs.membership import Membership
 from runtime import plain, run_script, shareable, start, without
 
 SAVE_EVERY = 20  # batches
+RECIPE = 1  # raise it when code changes what the latents of the same files and settings are
 
 
 def main() -> None:
@@ -64,6 +65,8 @@ def main() -> None:
 
     made_of = made_from(config, datasets, rows, vae_sha256)
     if config.runtime.resume and is_finished(out, made_of):
+        for split, keys in keys_of(rows, settings).items():  # the files may lie elsewhere by now
+            write_sources(out, split, datasets[split], keys)
         print(f"{out} holds these latents already (--runtime.resume False makes them anew)")
         print(f"next: {command.next('train_flowdiff.py')}")
         return
@@ -72,14 +75,11 @@ def main() -> None:
     (out / "latents.json").unlink(missing_ok=True)
     latents: dict[str, np.ndarray] = {}
     written: list[GrowingArray] = []
-    for split, copies in (("train", settings.augmented_copies), ("val", 0)):
+    for split, keys in keys_of(rows, settings).items():
         dataset, path = datasets[split], out / f"latents_{split}.npy"
-        keys = [(copy, row) for copy in range(1 + copies) for row in rows[split]]
         written.append(encode_to_file(vae, dataset, keys, path, made_of, config, accelerator.device))
         latents[split] = np.load(path, mmap_mode="r", allow_pickle=False)
-        pickled = pickle.dumps([str(dataset.records[row].path) for _, row in keys])
-        fill = partial(Path.write_bytes, data=pickled)
-        write_atomically(out / f"latents_{split}.pkl", fill, private=True)
+        write_sources(out, split, dataset, keys)
 
     mean, std = channel_statistics(latents["train"])
     outliers = find_outliers(latents, settings.outlier_std)
@@ -107,11 +107,25 @@ def main() -> None:
     print(f"wrote {out}\nnext: {command.next('train_flowdiff.py')}")
 
 
+def keys_of(rows: dict[str, list[int]], settings: LatentConfig) -> dict[str, list[tuple[int, int]]]:
+    """By split the (copy, row) of every latent, in their order."""
+    copies = {"train": settings.augmented_copies, "val": 0}
+    return {name: [(copy, row) for copy in range(1 + copies[name]) for row in rows[name]] for name in copies}
+
+
+def write_sources(out: Path, split: str, dataset: RadiographDataset, keys: list[tuple[int, int]]) -> None:
+    """latents_SPLIT.pkl: the source of every row, for people."""
+    pickled = pickle.dumps([str(dataset.records[row].path) for _, row in keys])
+    write_atomically(out / f"latents_{split}.pkl", partial(Path.write_bytes, data=pickled), private=True)
+
+
 def made_from(config: Config, datasets: dict[str, RadiographDataset], rows: dict, vae_sha256: str) -> dict:
     """Everything that the latents follow from, as JSON has it: the same again gives the same latents."""
     return {
         "vae_sha256": vae_sha256,
+        "recipe": RECIPE,
         "radiographs": {split: dataset.digest for split, dataset in datasets.items()},
+        "patients": {split: dataset.patients_digest for split, dataset in datasets.items()},
         "rows": rows,
         "data": without(plain(config.data), *WHEREABOUTS),
         "latent": without(plain(config.latent), "vae_checkpoint", "batch_size", "output"),

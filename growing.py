@@ -49,7 +49,7 @@ class GrowingArray:
                 while left and (piece := file.read(min(left, 2**24))):
                     digest.update(piece)
                     left -= len(piece)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         whole = left == 0 and digest.hexdigest() == note["sha256"] and self.made_from == note["made_from"]
         return (note["rows"], digest) if whole else None

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from calibration import Calibration, magnification_of
 from command_line import parse_command
 from config import Config
-from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
+from dataset import Sample, attempt_sample, read_batches, refuse_too_many_bad, report_skipped
 from examination import calibration_of, open_normalizer, records_to_examine, refuse_known_content
 from files import write_binary, write_csv, write_json
 from holding import hold
@@ -59,6 +59,8 @@ from reporting.summary import metrics_table
 from results import Unfinished, finished_entries, identity_of, refuse_to_write_among
 from runtime import run_script, shareable
 
+RECIPE = 1  # raise it when code changes the results of the same files and settings
+SKIPPED = "skipped_local_only.csv"
 COLUMNS = ["index", "name", "score", "p_value", "flagged", "label", "kind"]
 SAVE_EVERY = 10  # batches at first, then a twentieth of those that are done: the note grows with them
 
@@ -73,17 +75,22 @@ def main() -> None:
     held = hold(out, "results")
     calibration = calibration_of(model, config)
 
-    identity = identity_of(records, **shaping_results(calibration, config))
-    entries = finished_entries(out, identity) if config.runtime.resume else None
-    if entries is not None:
+    identity = identity_of(records, **shaping_results(calibration, config), device=str(model.device))
+    entries, skipped = finished_entries(out, identity) if config.runtime.resume else None, out / SKIPPED
+    errors = same_errors(entries or [], records, config)
+    if entries is not None and errors is not None:
         print(f"{out} holds these results already (--runtime.resume False examines anew)")
+        report_skipped(errors, len(records), skipped)
+        refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=len(errors) == len(records))
         report(entries, calibration, metrics_in(out), config)
         return
     unfinished = Unfinished(out, identity, config.runtime.resume)
+    if same_errors(unfinished.entries, records, config) is None:
+        unfinished = Unfinished(out, identity, resume=False)
     write_json(unfinished.folder / "config.json", shareable(config))
     examine(records, unfinished, model, calibration, config)
 
-    entries, skipped = unfinished.entries, out / "skipped_local_only.csv"
+    entries = unfinished.entries
     errors = [ImageReadError(records[entry["index"]].path, entry["error"]) for entry in entries if "error" in entry]
     rows = [entry["row"] for entry in entries if "row" in entry]
     report_skipped(errors, len(records), skipped)
@@ -103,8 +110,9 @@ def examine(
     """Every record that is not examined yet: its entry, its map, its figure."""
     settings, fresh, done = config.inference, unfinished.folder, unfinished.done
     names = Pseudonyms(fresh if done else unfinished.out)
-    for index, record in enumerate(records[:done]):
-        names.name(index, record.path)  # the same as before: the table is written as a whole
+    for entry in unfinished.entries:
+        if "row" in entry:
+            names.name(entry["index"], records[entry["index"]].path)  # as before: the table is written as a whole
     places = {record.path: index for index, record in enumerate(records)}
     drawn, times = figures_to_draw(records, settings.figures), magnification_of(config)
     threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
@@ -151,6 +159,15 @@ def examine(
     unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
     unfinished.entries.sort(key=lambda entry: entry["index"])
     names.save(fresh)
+    if len(unfinished.entries) == len(records):  # not where it was broken off
+        unfinished.save(len(records))
+        remember(f"the same command goes on after {len(records)} of {len(records)} images")
+
+
+def same_errors(entries: list[dict], records: list[Record], config: Config) -> list[ImageReadError] | None:
+    """The files that could not be read, read again; None if one of them can be by now."""
+    again = [attempt_sample(records[entry["index"]], config.data) for entry in entries if "error" in entry]
+    return again if all(isinstance(result, ImageReadError) for result in again) else None
 
 
 def shaping_results(calibration: Calibration, config: Config) -> dict:
@@ -159,7 +176,8 @@ def shaping_results(calibration: Calibration, config: Config) -> dict:
     known = {name: getattr(calibration, name) for name in names} | {"scores": calibration.scores.tolist()}
     asked = ("figures", "save_maps", "image_fpr", "examine_training_patients", "batch_size")
     settings = {name: getattr(config.inference, name) for name in asked}
-    return {"calibration": known, "settings": settings, "preprocessing": config.data.preprocessing}
+    made_by = {"recipe": RECIPE, "torch": torch.__version__}
+    return {"calibration": known, "settings": settings, "preprocessing": config.data.preprocessing, **made_by}
 
 
 def metrics_in(out: Path) -> dict | None:

@@ -51,6 +51,8 @@ class Steps:
                 yield item
                 if self.asked:
                     raise Interrupted(self.number)
+            if self.asked:  # while it was found out that there is no next one
+                raise Interrupted(self.number)
         finally:
             Steps.under_way = None
 
@@ -98,6 +100,7 @@ def ignore_signals(worker: int = 0) -> None:
 
 
 def _on_signal(number: int, frame: object) -> None:
+    _leave_a_lost_terminal()
     if not _memory["running"]:
         os.write(2, f"{last_words(Interrupted(number))}\n".encode())
         os._exit(128 + number)  # in the middle of an import nothing is open, and an exception might be swallowed
@@ -106,3 +109,24 @@ def _on_signal(number: int, frame: object) -> None:
         raise Interrupted(number)
     steps.number = number
     os.write(2, f"\n{signal.Signals(number).name}: finishing the step; once more ends it now\n".encode())
+
+
+def _leave_a_lost_terminal() -> None:
+    """Where nobody reads what is printed any more, print to nobody: an error about that would end the step."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+            lost = os.isatty(descriptor) and not _is_there(descriptor)
+        except OSError:
+            lost = True
+        if lost:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _is_there(descriptor: int) -> bool:
+    """Whether a terminal answers: of one that was hung up nobody can say how large it is."""
+    try:
+        os.get_terminal_size(descriptor)
+    except OSError:
+        return False
+    return True

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,8 +41,13 @@ def identity_of(records: list[Record], **shaping: object) -> str:
 def finished_entries(out: Path, identity: str) -> list[dict] | None:
     """The entries of just that examination, if the folder holds its results and none of them was removed since."""
     note = _note_of(out, identity)
-    whole = note is not None and all((out / name).is_file() for name in note["files"])
-    return note["entries"] if whole else None
+    return note["entries"] if note is not None and all(map(partial(_is_as_noted, out), note["files"].items())) else None
+
+
+def _is_as_noted(out: Path, named: tuple[str, int]) -> bool:
+    """Whether a file is there and as large as it was."""
+    path = out / named[0]
+    return path.is_file() and path.stat().st_size == named[1]
 
 
 class Unfinished:
@@ -58,7 +64,10 @@ class Unfinished:
         self.done: int = note["done"] if note else 0  # of the records, the first so many
         if note is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700)  # what is said of a file that cannot be read may name it
+        # what is in place, or will be, and its size
+        self.moved: dict[str, int] = note.get("moved", {}) if note else {}
 
     def keep(self, index: int, anomaly_map: np.ndarray, mask: np.ndarray | None) -> None:
         """The arrays of a labelled record."""
@@ -73,25 +82,30 @@ class Unfinished:
     def save(self, done: int) -> None:
         """Of the first `done` records everything is written: from here a killed examination goes on."""
         self.done = done
-        write_sealed_json(self.folder / NOTE, {"identity": self.identity, "done": done, "entries": self.entries})
+        note = {"identity": self.identity, "done": done, "entries": self.entries, "moved": self.moved}
+        write_sealed_json(self.folder / NOTE, note)
 
     def publish(self) -> None:
-        """Put the new results in place, file by file, then remove what an earlier examination left."""
-        shutil.rmtree(self.folder / KEPT, ignore_errors=True)
-        (self.folder / NOTE).unlink(missing_ok=True)
+        """Put the new results in place, file by file, then remove what an earlier examination left.
+
+        One that is killed here goes on here: what is to be moved is noted before the first file is.
+        """
+        mine = [path for path in self.folder.rglob("*") if path.is_file() and path.parent.name != KEPT]
+        mine = [path for path in mine if path.name != NOTE]
+        self.moved |= {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in mine}
+        self.save(self.done)
         (self.out / NOTE).unlink(missing_ok=True)  # until all are in place, nothing says that they are
-        new = {path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file()}
-        for path in sorted(new):
-            (self.out / path).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(self.folder / path, self.out / path)
-        shutil.rmtree(self.folder)
+        for path in sorted(mine):
+            place = self.out / path.relative_to(self.folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
         for pattern in RESULTS:
             for path in self.out.glob(pattern):
-                if path.relative_to(self.out) not in new:
+                if path.relative_to(self.out).as_posix() not in self.moved:
                     path.unlink()
-        files = sorted(path.as_posix() for path in new)
         entries = [entry if "error" not in entry else entry | {"error": ""} for entry in self.entries]  # may name one
-        write_sealed_json(self.out / NOTE, {"identity": self.identity, "files": files, "entries": entries})
+        write_sealed_json(self.out / NOTE, {"identity": self.identity, "files": self.moved, "entries": entries})
+        shutil.rmtree(self.folder)
 
 
 def _note_of(folder: Path, identity: str) -> dict | None:
@@ -100,4 +114,4 @@ def _note_of(folder: Path, identity: str) -> dict | None:
         note = unsealed(json.loads((folder / NOTE).read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError):
         return None
-    return note if note["identity"] == identity else None
+    return note if note.get("identity") == identity else None

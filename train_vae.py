@@ -189,6 +189,8 @@ def run_identity(
     inputs = {
         "the training radiographs": datasets["train"].digest,
         "the validation radiographs": datasets["val"].digest,
+        "who the training patients are": datasets["train"].patients_digest,
+        "who the validation patients are": datasets["val"].patients_digest,
         "the pretrained VAE": "scratch" if scratch else weights_sha256(vae.state_dict()),
     }
     return RunIdentity(settings, inputs, ADJUSTABLE)

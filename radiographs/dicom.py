@@ -18,6 +18,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    JPEG2000TransferSyntaxes,
     JPEGExtended12Bit,
     RLELossless,
 )
@@ -104,7 +105,8 @@ def _first_codestream(dataset: pydicom.Dataset, frames: int) -> bytes | None:
     if not dataset.file_meta.TransferSyntaxUID.is_encapsulated:
         return None
     stream = get_frame(dataset.PixelData, 0, number_of_frames=frames)
-    size = _size_in_jpeg2000(stream) if b"\xff\x4f\xff\x51" in stream[:4096] else _size_in_jpeg(stream)
+    wavelets = b"\xff\x4f\xff\x51" in stream[:4096] and dataset.file_meta.TransferSyntaxUID in JPEG2000TransferSyntaxes
+    size = _size_in_jpeg2000(stream) if wavelets else _size_in_jpeg(stream)
     if size is not None:
         check_size(*size)
     return stream
@@ -133,8 +135,11 @@ def _size_in_jpeg(stream: bytes) -> tuple[int, int] | None:
         marker, length = stream[place + 1], int.from_bytes(stream[place + 2 : place + 4], "big")
         if marker == 0xFF:  # a fill byte
             place += 1
+        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # nothing follows these
+            place += 2
         elif marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return struct.unpack(">2H", stream[place + 5 : place + 9])
+            height, width = struct.unpack(">2H", stream[place + 5 : place + 9])
+            return (height, width) if height else None  # it is said after the first scan
         else:
             place += 2 + length
     return None

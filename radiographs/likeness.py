@@ -5,11 +5,14 @@ many patients the two most alike differ in 53 of 256 signs; one that is resized,
 differs from itself in 5 at most.
 """
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 
 SIDE = 16
 MOST = 16  # of 256 signs that may differ between copies of one picture
+FEWEST = 32  # signs of each kind that a picture shows
 AT_ONCE = 2**20  # pairs compared at once
 SET_BITS = np.array([number.bit_count() for number in range(256)], np.uint8)
 
@@ -20,15 +23,21 @@ def fingerprint(image: np.ndarray) -> np.ndarray:
     return np.packbits(thumbnail[:, 1:] > thumbnail[:, :-1])
 
 
-def twins(prints: np.ndarray) -> list[tuple[int, int]]:
-    """The pairs of fingerprints (N, 32) that are of one picture, the first before the second."""
-    found, first = [], 0
+def twins(prints: np.ndarray) -> Iterator[tuple[int, int]]:
+    """The pairs of fingerprints (N, 32) that are of one picture, the first before the second.
+
+    A flat picture, with next to no sign one way or the other, is nobody's twin.
+    """
+    signs = SET_BITS[prints].sum(axis=1, dtype=int)
+    (telling,) = np.nonzero((signs >= FEWEST) & (signs <= 8 * prints.shape[1] - FEWEST))
+    prints, first = prints[telling], 0
     while first < len(prints):
         rows = max(1, AT_ONCE // (len(prints) - first))
         differ = _differences(prints[first : first + rows], prints[first:])
-        found += [(first + int(one), first + int(other)) for one, other in np.argwhere(differ <= MOST) if one < other]
+        for one, other in np.argwhere(differ <= MOST):
+            if one < other:
+                yield int(telling[first + one]), int(telling[first + other])
         first += rows
-    return found
 
 
 def _differences(ones: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from pipeline import ROOT
 from pydicom.data import get_testdata_file
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 from test_reading import BUNDLED, noise, ramp, write_dicom
 
 from checks import UsageError
-from radiographs.dicom import LARGEST_INFLATED, is_dicom
+from radiographs.dicom import LARGEST_INFLATED, _size_in_jpeg, is_dicom
 from radiographs.manifest import list_records
 from radiographs.reading import ImageReadError, find_radiographs, read_header, read_mask, read_radiograph
 
@@ -284,6 +284,22 @@ def test_a_codestream_that_claims_more_than_its_header_is_not_decoded(tmp_path):
     path.write_bytes(content)
     said, memory = peak_memory(path)
     assert "60000 x 60000 pixels are too many" in said and memory < 60
+
+
+def test_runs_of_rle_that_look_like_a_codestream_are_none(tmp_path):
+    """Two values of 0x4f and then two of 0x51 are ff 4f ff 51 in RLE."""
+    pixels = np.tile(np.repeat(np.array([0x4F, 0x51], np.uint8), 2), (40, 10))
+    path = write_dicom(tmp_path / "x.dcm", pixels, RLELossless)
+    assert b"\xff\x4f\xff\x51" in path.read_bytes()
+    np.testing.assert_array_equal(read_radiograph(path).pixels, pixels)
+
+
+@pytest.mark.parametrize("before", [b"", b"\xff\x01", b"\xff\xd0\xff\xff"])
+def test_the_size_in_a_jpeg_is_found_behind_markers_that_stand_alone(before):
+    frame = b"\xff\xc0" + struct.pack(">HBHHB", 11, 8, 40, 50, 1) + b"\1\x11\0"
+    assert _size_in_jpeg(b"\xff\xd8" + before + b"\xff\xe0\x00\x04ab" + frame) == (40, 50)
+    unsaid = frame.replace(struct.pack(">HH", 40, 50), struct.pack(">HH", 0, 50))
+    assert _size_in_jpeg(b"\xff\xd8" + unsaid) is None  # its height follows after the scan
 
 
 def test_a_picture_that_claims_a_billion_pixels_is_not_decoded(tmp_path):

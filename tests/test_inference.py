@@ -1,5 +1,6 @@
 """Phase 4 on a dozen phantoms, run as a user runs it, and what it leaves on disk."""
 
+import os
 import re
 import shutil
 import signal
@@ -14,6 +15,7 @@ from PIL import Image
 from pipeline import flags_of, opens, strict_json, table
 from sklearn.metrics import roc_auc_score
 
+import dataset
 import examination
 import interruption
 from calibration import Calibration
@@ -23,7 +25,9 @@ from config import InferenceConfig
 from files import load_checkpoint, save_checkpoint, sha256
 from normalizer import Normalizer
 from phantoms import phantom
+from radiographs.reading import ImageReadError
 from reporting.lookup import LOOKUP
+from results import UNFINISHED
 from runtime import shareable
 
 QUIET = ["--inference.figures", 0, "--inference.save-maps", "False"]
@@ -44,7 +48,10 @@ def test_every_artefact_of_phase_4_is_there_and_nothing_unfinished(examined):
     fixed = {"scores.csv", "maps", "metrics.json", "config.json", "lookup_local_only.csv"}
     fixed |= {".results.lock", "examination.json"}
     assert fixed == {path.name for path in examined.phase4.iterdir() if not path.match("result_*.png")}
-    assert {path.name for path in (examined.out / "calibration").iterdir()} == {"statistical.npz", "statistical.json"}
+    assert {path.name for path in (examined.out / "calibration").glob("[!.]*")} == {
+        "statistical.npz",
+        "statistical.json",
+    }
 
 
 def test_phase_4_writes_the_config_it_ran_with(examined):
@@ -199,6 +206,59 @@ def test_a_mask_that_cannot_be_used_is_an_error_of_its_image(spoilt, reason, cal
     assert skipped["file"] == Path(row["image"]).name and re.match(reason, skipped["reason"])
     kinds = strict_json(tmp_path / "phase4_inference" / "metrics.json")["kinds"]
     assert row["kind"] not in kinds
+
+
+def test_an_examination_that_is_stopped_while_results_are_moved_ends_as_one_that_was_not(
+    call, examined, tmp_path, monkeypatch
+):
+    known, moves, replace = ["--inference.calibration", examined.out / "calibration"], [], os.replace
+
+    def replace_and_be_told(source, target):
+        if UNFINISHED in str(source) and not str(source).endswith(".tmp"):
+            moves.append(target)
+            if len(moves) == 5:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_and_be_told)
+        stopped = call("inference", *known)
+    assert stopped.code == 130 and stopped.error.endswith("the same command goes on after 9 of 9 images")
+    with monkeypatch.context() as patch:
+        patch.setattr(Normalizer, "examine", lambda *given: pytest.fail("examined again"))
+        assert call("inference", *known).code == 0
+    out = tmp_path / "phase4_inference"
+    assert results_in(out) == results_in(examined.phase4) and scores_in(out) == scores_in(examined.phase4)
+    assert not (out / UNFINISHED).exists()
+
+
+def test_a_file_that_could_not_be_read_and_now_can_is_examined(call, examined, tmp_path, monkeypatch):
+    known = ["--inference.calibration", examined.out / "calibration", "--data.max-bad-share", 0.2, *QUIET]
+    read, spoilt = dataset.read_radiograph, listed_test_rows(examined)[2]["image"]
+
+    def want_of_memory(path):
+        if str(path).endswith(spoilt):
+            raise ImageReadError(path, "the machine has too little memory for it")
+        return read(path)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="1 of 9 files"):
+        patch.setattr(dataset, "read_radiograph", want_of_memory)
+        assert "1 skipped" in call("inference", *known).out
+        assert "holds these results already" in call("inference", *known).out
+        assert call("inference", *known, "--data.max-bad-share", 0.0).code == 2
+    again = call("inference", *known)
+    assert again.code == 0 and "9 images examined, 0 skipped" in again.out
+    assert not (tmp_path / "phase4_inference" / "skipped_local_only.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "scores.csv"])
+def test_results_that_were_emptied_are_made_anew(name, call, examined, tmp_path):
+    known = ["--inference.calibration", examined.out / "calibration", *QUIET]
+    assert call("inference", *known).code == 0
+    path = tmp_path / "phase4_inference" / name
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    assert "already" not in call("inference", *known).out and path.read_bytes() == whole
 
 
 def test_what_was_examined_is_not_examined_again_unless_asked(call, examined, tmp_path, monkeypatch):
@@ -368,7 +428,7 @@ def test_the_reader_is_trained_once_and_read_by_the_next_examination(call, exami
     first = call("inference", *flags, "--inference.figures", 1)
     assert first.code == 0 and "trained the reader in" in first.out
     made = {path.name for path in (tmp_path / "calibration").iterdir()}
-    assert made == {"reader.pt", "corruptions.png", "reader.npz", "reader.json", ".reader.lock"}
+    assert made == {"reader.pt", "corruptions.png", "reader.npz", "reader.json", ".reader.lock", ".calibration.lock"}
     before = scores_in(tmp_path / "phase4_inference")
     assert len(before) == 9 and opens(next((tmp_path / "phase4_inference").glob("result_*.png")))
     again = call("inference", *flags, *QUIET)

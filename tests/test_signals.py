@@ -66,6 +66,25 @@ def test_a_signal_lets_the_step_end_and_the_run_goes_on_from_there(script, numbe
     same_end(script, broken, whole)
 
 
+def test_a_terminal_that_is_lost_takes_no_step_with_it(made, tmp_path):
+    """SIGHUP, and nobody to print to any more."""
+    terminal, theirs = os.openpty()
+    longer = ["--vae.steps", 9000, "--vae.validate-every", 9000, "--runtime.checkpoint-every", 9000]
+    words = ["train_vae.py", *map(str, flags_of(tmp_path, made.phantoms, *longer))]
+    process = subprocess.Popen(
+        [sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    said = b""
+    while b"step 0: validation loss" not in said:
+        said += os.read(terminal, 4096)
+    time.sleep(0.5)  # into the steps
+    os.close(terminal)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 129
+    assert 0 < last(tmp_path, "train_vae")["step"] < 9000
+
+
 def test_ctrl_c_reaches_the_processes_that_read_ahead_and_they_go_on_reading(made, tmp_path):
     """A terminal sends it to all of them at once."""
     longer = ["--vae.steps", 400, "--vae.validate-every", 400, "--runtime.checkpoint-every", 2, "--data.num-workers", 2]
@@ -142,6 +161,18 @@ def test_a_signal_waits_for_the_step_and_the_second_does_not(capfd):
             interruption._on_signal(signal.SIGTERM, None)
             interruption._on_signal(signal.SIGINT, None)
             pytest.fail("the second signal waited")
+
+
+def test_a_signal_that_comes_while_the_end_is_found_out_is_not_lost():
+    interruption.running()
+    steps = Steps()
+
+    def items():
+        yield 1
+        interruption._on_signal(signal.SIGTERM, None)
+
+    with pytest.raises(Interrupted, match="SIGTERM"):
+        list(steps.of(items()))
 
 
 def test_outside_of_steps_a_signal_ends_the_run_at_once():

@@ -383,6 +383,22 @@ def test_two_processes_train_what_one_does_at_twice_the_batch(script, call, made
     assert again.code == 2 and "number of processes was 2, now 1" in again.error
 
 
+def test_a_patient_who_was_corrected_is_another_run(call, made, tmp_path):
+    """Who trained travels with the weights: latents and checkpoints of a wrong name would let the right one pass."""
+    data = shutil.copytree(made.phantoms, tmp_path / "phantoms")
+    for place in ("phase1_vae", "phase2_latents"):
+        shutil.copytree(made.out / place, tmp_path / place)
+    text = (data / "manifest.csv").read_text()
+    patient = list_records(data)[0].patient
+    (data / "manifest.csv").write_text(text.replace(f",{patient}", ",Somebody Else"))
+    result = call("train_vae", data=data)
+    assert result.code == 2 and "(who the training patients are changed)" in result.error
+    result = call("extract_latents", data=data)
+    assert result.code == 0 and "already" not in result.out
+    description = strict_json(tmp_path / "phase2_latents" / "latents.json")
+    assert Membership.from_plain(description["members"]).trained("Somebody Else", "")
+
+
 def test_latents_that_are_there_already_are_not_made_again(call, made, tmp_path):
     out = shutil.copytree(made.phase2, tmp_path / "phase2_latents")
     before = (out / "latents.json").read_bytes()
