@@ -38,7 +38,7 @@ class Sample(NamedTuple):
     image: np.ndarray  # float32 (k H, k W) in [-1, 1]
     mask: np.ndarray | None  # bool (k H, k W), True on a lesion
     original_shape: tuple[int, int]  # rows, columns of the file
-    digest: str  # of the file's grey levels and padding: the same picture in another format or under another name has it too
+    digest: str  # of the file's grey levels and padding, whatever its format and its name
 
 
 def read_sample(record: Record, config: DataConfig, times: int = 1, finest: tuple[int, int] | None = None) -> Sample:
