@@ -5,7 +5,7 @@ that is tried its own --inference.calibration), and shows it validation normals 
 belong. This is where settings of the reader are chosen, never the test split. Two families of things, by size:
 
 corruption   what a reader may learn from (corruption.py), by radius
-blob         what no reader learns from: faint, smooth and of one grey, darker in one normal and brighter in the next
+blob         fainter than most of what a reader learns from: smooth and of one grey, darker in every other normal
 
 Prints for each the image AUROC against the normals as they are, and the pixel AP, of the reader's map alone (what a
 score hears beside it is left out). A normal is left out of the statistics that its own map is standardized by.
