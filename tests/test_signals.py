@@ -31,9 +31,16 @@ def as_it_was():
 # ---------------------------------------------------------------- real signals to real phases
 
 
+def as_from_a_shell():
+    """No signal is ignored, whatever ignores them where the tests run (nohup, a job in the background)."""
+    for number in interruption.SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(words, **how):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT, env=ENVIRONMENT, **pipes, **how)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | how
+    command = [sys.executable, *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, preexec_fn=as_from_a_shell, **pipes)
 
 
 def wait_for(path, process):
@@ -70,10 +77,8 @@ def test_a_terminal_that_is_lost_takes_no_step_with_it(made, tmp_path):
     """SIGHUP, and nobody to print to any more."""
     terminal, theirs = os.openpty()
     longer = ["--vae.steps", 9000, "--vae.validate-every", 9000, "--runtime.checkpoint-every", 9000]
-    words = ["train_vae.py", *map(str, flags_of(tmp_path, made.phantoms, *longer))]
-    process = subprocess.Popen(
-        [sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, stdout=theirs, stderr=theirs, start_new_session=True
-    )
+    words = ["train_vae.py", *flags_of(tmp_path, made.phantoms, *longer)]
+    process = start(words, stdout=theirs, stderr=theirs, start_new_session=True)
     os.close(theirs)
     said = b""
     while b"step 0: validation loss" not in said:
