@@ -65,8 +65,8 @@ class ReaderConfig:
     mirror: bool = True  # it hears of the same place on the other side of the jaw, too
     members: int = 3  # networks whose verdicts are averaged: errs less, learns longer
     normals: int = 1_000  # training normals it learns on at most, spread evenly
-    copies: int = 8  # corrupted copies of each normal, beside the plain one; more of them say more than more steps do
-    steps: int = 8_000  # optimizer steps; of 600 images a network has learnt what it will after 2,000
+    copies: int = 8  # corrupted copies of each normal, beside the plain one
+    steps: int = 8_000  # optimizer steps
     crops: int = 4  # per step and member, each a quarter of an image
     lr: float = 1e-3  # AdamW learning rate after warm-up
     lr_warmup_steps: int = 50  # linear warm-up, then cosine to a tenth of lr

@@ -80,9 +80,7 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
     folder, method, normals = Path(config.inference.calibration), config.inference.method, None
     reader = kept_reader(model, config) if method == "reader" else None
     if method == "reader" and reader is None:
-        normals = read_normals(
-            model, config, "val"
-        )  # now: to hear after the training that they are too few would be late
+        normals = read_normals(model, config, "val")  # to hear after the training that they are too few would be late
         refuse_too_few(len(normals.images), method)
         reader = new_reader(model, config)
     known = Calibration.load(folder, method, reader)
@@ -173,9 +171,8 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
                 images.append(sample.image)
                 shapes.append(sample.original_shape)
                 digests.append(sample.digest)
-    report = Path(config.inference.calibration) / (
-        "skipped_training_local_only.csv" if training else "skipped_local_only.csv"
-    )
+    name = "skipped_training_local_only.csv" if training else "skipped_local_only.csv"
+    report = Path(config.inference.calibration) / name
     report_skipped(errors, len(records), report)
     refuse_too_many_bad(len(errors), len(records), config.data, report)
     if left_out and training:

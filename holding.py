@@ -5,6 +5,7 @@ import os
 import socket
 import time
 import warnings
+import weakref
 from pathlib import Path
 from typing import TextIO
 
@@ -17,10 +18,10 @@ except ImportError:  # Windows
 
 
 class Held:
-    """A folder that is kept for one purpose until `close`, or until the process ends."""
+    """A folder that is kept for one purpose until `close()`, which lets others in, or until nobody has this object."""
 
     def __init__(self, file: TextIO):
-        self.file = file
+        self.close = weakref.finalize(self, _let_go, file)  # also when nobody has it any more, or the program ends
 
     def __enter__(self) -> "Held":
         return self
@@ -28,11 +29,10 @@ class Held:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Let others in."""
-        if not self.file.closed:
-            self.file.truncate(0)  # nobody holds it any more
-            self.file.close()
+
+def _let_go(file: TextIO) -> None:
+    file.truncate(0)  # it names no owner any more
+    file.close()
 
 
 def hold(folder: Path | str, purpose: str) -> Held:

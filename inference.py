@@ -4,8 +4,9 @@ Reads   radiographs (data.test, or the test split of data.root) and the checkpoi
         outputs/calibration/ has nothing that belongs to them, also the training and validation normals of data.root
 
 Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image,
-        metrics.json where labels exist, lookup_local_only.csv, the one file that says which source each index is, and
-        skipped_local_only.csv with the names of files that could not be read
+        metrics.json where labels exist, examination.json, which tells the next run what is there, and readable by their
+        owner alone lookup_local_only.csv, which says which source each index is, and skipped_local_only.csv with the
+        names of files that could not be read
 
         outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
         every later examination

@@ -116,17 +116,5 @@ def _leave_a_lost_terminal() -> None:
     for descriptor in (1, 2):
         try:
             os.write(descriptor, b"")
-            lost = os.isatty(descriptor) and not _is_there(descriptor)
-        except OSError:
-            lost = True
-        if lost:
+        except OSError:  # the terminal was hung up
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
-def _is_there(descriptor: int) -> bool:
-    """Whether a terminal answers: of one that was hung up nobody can say how large it is."""
-    try:
-        os.get_terminal_size(descriptor)
-    except OSError:
-        return False
-    return True

@@ -264,17 +264,7 @@ def fit_network(
     channels = [part.centre.shape[1] for part in statistics]
     network = ReaderEnsemble.untrained(channels, settings).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    begun = 0
-    if config.runtime.resume and last.is_file():
-        remedy = "python inference.py --runtime.resume False"
-        stored = load_checkpoint(last, "reader training", remedy)
-        try:
-            if stored["identity"] == identity:
-                network.load_state_dict(stored["weights"])
-                optimizer.load_state_dict(stored["optimizer"])
-                begun = stored["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{last} is damaged: run {remedy}") from error
+    begun = _resumed(network, optimizer, last, identity) if config.runtime.resume and last.is_file() else 0
     known = [part.to(device) for part in statistics]
     grid = tuple(pool.changed.shape[1:])
     coarsest = min((part.shape[2:] for part in pool.features), key=lambda size: size[0])
@@ -312,6 +302,20 @@ def fit_network(
                 save_checkpoint(last, "reader training", {"identity": identity, "step": step + 1, **state})
                 remember(f"the same command goes on with the reader, step {step + 1} of {settings.steps}")
     return network
+
+
+def _resumed(network: ReaderEnsemble, optimizer: torch.optim.Optimizer, last: Path, identity: dict) -> int:
+    """The step after which an interrupted training of this identity goes on, and its state; 0 for one of another."""
+    remedy = "python inference.py --runtime.resume False"
+    stored = load_checkpoint(last, "reader training", remedy)
+    try:
+        if stored["identity"] != identity:
+            return 0
+        network.load_state_dict(stored["weights"])
+        optimizer.load_state_dict(stored["optimizer"])
+        return stored["step"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{last} is damaged: run {remedy}") from error
 
 
 def deviations(

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,22 +31,27 @@ def identity_of(records: list[Record], **shaping: object) -> str:
     """
     found = [json.dumps(shaping, sort_keys=True)]
     for record in records:
-        files = [record.path, *([record.mask] if record.mask else [])]
-        states = [(file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else None for file in files]
-        found.append(repr((files, states, record.label, record.kind, record.patient)))
+        files = [(file, _state_of(file)) for file in (record.path, record.mask) if file]
+        found.append(repr((files, record.label, record.kind, record.patient)))
     return hashlib.sha256("\n".join(found).encode(errors="backslashreplace")).hexdigest()
+
+
+def _state_of(file: Path) -> tuple[int, int] | None:
+    """Size and time of change; None where it is missing."""
+    try:
+        state = file.stat()
+    except OSError:
+        return None
+    return state.st_size, state.st_mtime_ns
 
 
 def finished_entries(out: Path, identity: str) -> list[dict] | None:
     """The entries of just that examination, if the folder holds its results and none of them was removed since."""
     note = _note_of(out, identity)
-    return note["entries"] if note is not None and all(map(partial(_is_as_noted, out), note["files"].items())) else None
-
-
-def _is_as_noted(out: Path, named: tuple[str, int]) -> bool:
-    """Whether a file is there and as large as it was."""
-    path = out / named[0]
-    return path.is_file() and path.stat().st_size == named[1]
+    if note is None:
+        return None
+    states = [(_state_of(out / name), size) for name, size in note["files"].items()]
+    return note["entries"] if all(state is not None and state[0] == size for state, size in states) else None
 
 
 class Unfinished:

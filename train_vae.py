@@ -110,6 +110,12 @@ def main() -> None:
     guard = StepGuard("vae.lr", options.max_skipped_steps, skipped, quiet=not main_process)
     handed_on = hand_on(config, vae, datasets)
 
+    def keep(name: str, scores: dict[str, float]) -> None:
+        """The weights of this step in a file that later phases read."""
+        weights = vae.state_dict()
+        guard.check(step, weights)
+        save_checkpoint(out / name, "vae", handed_on | {"weights": weights, "scores": scores, "step": step})
+
     def validated(best: float) -> float:
         """Score the weights of this step, keep them if they are the best so far; returns the lowest loss."""
         scores = validate(vae, validation, config, device, step)
@@ -118,8 +124,7 @@ def main() -> None:
             raise UsageError(f"the validation loss is not finite at step {step}: lower vae.lr or the losses' weights")
         if scores["loss"] >= best:
             return best
-        kept = {"weights": vae.state_dict(), "scores": without_notes(scores), "step": step}
-        save_checkpoint(out / "checkpoint_best.pt", "vae", handed_on | kept)
+        keep("checkpoint_best.pt", without_notes(scores))
         return scores["loss"]
 
     if main_process:
@@ -156,9 +161,7 @@ def main() -> None:
         if step % settings.validate_every == 0 or ends:
             best = validated(best)
         if options.keep_every and step % options.keep_every == 0:
-            guard.check(step, vae.state_dict())
-            kept = {"weights": vae.state_dict(), "scores": {}, "step": step}
-            save_checkpoint(out / f"checkpoint_step_{step:06d}.pt", "vae", handed_on | kept)
+            keep(f"checkpoint_step_{step:06d}.pt", {})
             keep_newest(out, "checkpoint_step_*.pt", options.keep_most)
         if step % options.checkpoint_every == 0 or ends or stopping:
             guard.check(step, vae.state_dict())

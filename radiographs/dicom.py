@@ -178,7 +178,7 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray, str | None]:
         warnings.warn(FIRST_FRAME_ONLY.format(frames), stacklevel=2)
     stream = _first_codestream(dataset, frames)
     photometric = dataset.PhotometricInterpretation
-    deep = stream is not None and dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit and dataset.BitsStored > 8
+    deep = stream is not None and dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit and _bits_stored(dataset) > 8
     decoded = _decode_12_bit_jpeg(stream) if deep else pixel_array(dataset, index=0)  # which turns YBR into RGB, too
     if decoded.ndim == 3:
         return luma(decoded), np.ones(decoded.shape[:2], bool), _patient(dataset)
@@ -215,12 +215,17 @@ def _stored_values(dataset: pydicom.Dataset, values: np.ndarray) -> np.ndarray:
         return values
     values = values.astype(np.int64)
     syntax = dataset.file_meta.TransferSyntaxUID
-    bits = int(dataset.get("BitsStored") or dataset.BitsAllocated)
+    bits = _bits_stored(dataset)
     if bits == dataset.BitsAllocated or (syntax.is_compressed and syntax.is_encapsulated and syntax != RLELossless):
         return values  # a codec holds the values alone
     highest = dataset.get("HighBit")
     values = (values >> max(0, (bits - 1 if highest is None else int(highest)) + 1 - bits)) & (2**bits - 1)
     return _as_signed(values, bits) if dataset.get("PixelRepresentation") == 1 else values
+
+
+def _bits_stored(dataset: pydicom.Dataset) -> int:
+    """Of a value; all that are allocated where the header does not say."""
+    return int(dataset.get("BitsStored") or dataset.BitsAllocated)
 
 
 def _as_signed(values: np.ndarray, bits: int) -> np.ndarray:
@@ -232,9 +237,9 @@ def _padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
     """True where the scanner filled a canvas, PixelPaddingValue up to PixelPaddingRangeLimit -> bool (H, W)."""
     if dataset.get("PixelPaddingValue") is None or stored.dtype.kind == "f":
         return np.zeros(stored.shape, bool)
-    bits = int(dataset.BitsStored)
+    bits = _bits_stored(dataset)
     limits = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit")]
     limits = np.array([int(limit) for limit in limits if limit is not None]) & (2**bits - 1)
-    if dataset.PixelRepresentation == 1:
+    if dataset.get("PixelRepresentation") == 1:
         limits = _as_signed(limits, bits)  # writers mix up US and SS: -2000 arrives as 63536
     return (stored >= limits.min()) & (stored <= limits.max())
