@@ -21,23 +21,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from anomaly import blur_share, check_views, image_score, plain_map, stacked_views, views_of
+from anomaly import blur_share, check_views, image_score, plain_map, stacked_views
 from checks import UsageError
 from config import Config, rebuild_phase
 from corruption import check_fills, corrupt
 from files import sha256, unsealed, write_binary, write_sealed_json
 from fusion import Fusion, PixelSample, ScoreFusion, left_out_scores
-from image_ops import residual_components
-from metrics import threshold_from_normals
 from normalizer import Examined, Normalizer
 from reader import Reader
+from scratch import nameless_array
 from standardization import NormalViews, PixelStatistics, features
+from survey import COLOUR_QUANTILE, look_at, magnification_of, maps_beside
+from thresholds import threshold_from_normals
 
 FORMAT = 6  # of METHOD.json; another is made anew
-CALM = 0.016  # blur of a map beside the reader's, a share of the height: about as wide as metal, chosen with its weight
 NEEDED = {"plain": 1, "statistical": 2, "reader": 3}  # validation normals that each method needs
 FEW_NORMALS = 20  # below, each left-out normal moves the statistics of the others
-COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
 
 
 @dataclass(frozen=True)
@@ -184,17 +183,6 @@ def readings_of(maps: Tensor, beside: Tensor, config: Config) -> np.ndarray:
     return np.stack([image_score(each, config.reader.top_share).cpu().numpy() for each in everyone], axis=1)
 
 
-def maps_beside(seen: Examined, config: Config) -> Tensor:
-    """The plain formula and what the autoencoder lost, without their speckle, (B, 2, H, W) at the model's size."""
-    lost = (seen.x - seen.reconstruction).abs()
-    return blur_share(torch.cat([plain_map(seen.x, seen.normal, config.inference), lost], dim=1), CALM)
-
-
-def magnification_of(config: Config) -> int:
-    """How many times the model's size the images are that the method looks at."""
-    return config.reader.magnification if config.inference.method == "reader" else 1
-
-
 def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None = None) -> Calibration:
     """Examine the validation normals (N, k H, k W): how views become a map, thresholds, colour scales.
 
@@ -207,37 +195,40 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
     refuse_too_few(len(images), method)
     if len(images) < FEW_NORMALS:
         print(f"{len(images)} validation normals only: thresholds and p-values are rough below {FEW_NORMALS}")
-    survey = _survey(model, images, config, reader)
-    if not torch.isfinite(survey.shown).all():
-        raise UsageError("maps of normals are not numbers: a network has diverged, look at the curves of its phase")
+    survey = look_at(model, images, config, reader)
     statistics = beside_statistics = fusion = score_fusion = None
-    maps = survey.shown
     if method == "statistical":
         normals = NormalViews(survey.shown, config.calibration, config.calibration.blurs)
-        fusion, maps = _fuse(normals, model, images, config)
-        statistics = normals.statistics()
+        fusion, statistics = _fuse(normals, model, images, config), normals.statistics()
     if method == "reader":
-        floor = config.reader.smallest_verdict_spread
-        normals = NormalViews(survey.shown, replace(config.reader, smallest_spread=floor))
-        maps = torch.cat([normals.left_out(index) for index in range(len(images))])
-        statistics = normals.statistics()
-    maps = blur_share(maps, config.inference.smooth_share)
-    if method == "reader":
-        others = NormalViews(survey.beside, config.reader)
+        normals = NormalViews(
+            survey.shown, replace(config.reader, smallest_spread=config.reader.smallest_verdict_spread)
+        )
+        others, statistics = NormalViews(survey.beside, config.reader), normals.statistics()
         beside_statistics = others.statistics()
-        beside = torch.cat([others.left_out(index) for index in range(len(images))])
-        readings = readings_of(maps, beside, config)
+    height, width = survey.shown.shape[2:]
+    maps = nameless_array(config.inference.calibration, np.float32, (len(images), height, width))
+    readings = []
+    for index in tqdm(range(len(images)), "maps of normals", unit="image"):
+        known = survey.shown[index : index + 1] if method == "plain" else normals.left_out(index)
+        known = fusion.anomaly_map(known) if method == "statistical" else known
+        final = blur_share(known, config.inference.smooth_share)
+        maps[index] = final[0, 0].numpy()
+        if method == "reader":
+            readings.append(readings_of(final, others.left_out(index), config))
+        else:
+            readings.append(image_score(final, config.inference.top_share).numpy())
+    scores = np.concatenate(readings)
+    if method == "reader":
         weights = (1.0, config.reader.plain_weight, config.reader.residual_weight)
-        score_fusion, scores = ScoreFusion.of(readings, weights), left_out_scores(readings, weights)
-    else:
-        scores = image_score(maps, config.inference.top_share).numpy()
-    quantile = float(np.quantile(maps.numpy(), COLOUR_QUANTILE))
-    scale = {"residual": survey.l1, "l1": survey.l1, "gradient": survey.gradient, "anomaly_map": quantile}
+        score_fusion, scores = ScoreFusion.of(scores, weights), left_out_scores(scores, weights)
+    colour = threshold_from_normals(maps, 1 - COLOUR_QUANTILE)
+    scale = {"residual": survey.l1, "l1": survey.l1, "gradient": survey.gradient, "anomaly_map": colour}
     return Calibration(
         method=method,
         belongs_to=shaping(model, config, reader),
         scores=scores,
-        pixel_threshold=threshold_from_normals(maps.numpy().ravel(), config.inference.pixel_fpr),
+        pixel_threshold=threshold_from_normals(maps, config.inference.pixel_fpr),
         scale={name: max(1e-6, 2 * value) for name, value in scale.items()},
         identity_error=survey.identity_error,
         vae_error=survey.vae_error,
@@ -260,71 +251,15 @@ def refuse_too_few(count: int, method: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """What one look at all validation normals gives."""
-
-    shown: Tensor  # plain maps or logits (N, 1, H, W), or views (N, V, H, W) in half precision
-    names: tuple[str, ...]  # of the views
-    l1: float  # what all but a thousandth of the pixels of a normal stay below, the mean over normals
-    gradient: float
-    identity_error: float
-    vae_error: float
-    beside: Tensor | None  # the maps that a score hears beside the reader's (N, 2, H, W)
-
-
-def _survey(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None) -> _Survey:
-    """Examine all normals once, batch by batch."""
-    method, magnification = config.inference.method, magnification_of(config)
-    shown, names, numbers, beside = [], (), [], []
-    size = config.inference.batch_size
-    with tqdm(total=len(images), desc="validation normals", unit="image") as progress:
-        for first in range(0, len(images), size):
-            batch = torch.from_numpy(images[first : first + size]).unsqueeze(1)
-            seen = model.examine(batch, magnification)
-            if method == "plain":
-                shown.append(plain_map(seen.x, seen.normal, config.inference).cpu())
-            elif method == "reader":
-                shown.append(reader.logits(seen).cpu())
-                beside.append(maps_beside(seen, config).cpu())
-            else:
-                views = views_of(seen, config.calibration, config.inference)
-                names = tuple(views)
-                shown.append(torch.cat(list(views.values()), dim=1).half().cpu())
-            numbers.append(_numbers(seen))
-            progress.update(len(batch))
-    means = torch.cat(numbers).mean(0).tolist()
-    return _Survey(torch.cat(shown), names, *means, torch.cat(beside) if beside else None)
-
-
-def _numbers(seen: Examined) -> Tensor:
-    """Of each image (B, 4): the ends of l1 and of gradient, the identity error, the error of the autoencoder alone."""
-    l1, gradient, _ = residual_components(seen.x, seen.normal)
-    ends = [_quantile(part) for part in (l1, gradient)]
-    alone = (seen.x - seen.reconstruction).abs()
-    return torch.stack([*ends, l1.flatten(1).mean(1), alone.flatten(1).mean(1)], dim=1).cpu()
-
-
-def _quantile(part: Tensor) -> Tensor:
-    """The colour quantile of each image, (B,); torch's own refuses large batches."""
-    values = part.flatten(1).cpu().numpy()
-    return torch.from_numpy(np.quantile(values, COLOUR_QUANTILE, axis=1).astype(np.float32)).to(part.device)
-
-
-def _fuse(normals: NormalViews, model: Normalizer, images: np.ndarray, config: Config) -> tuple[Fusion, Tensor]:
-    """The fusion, and the map (N, 1, H, W) of each normal.
-
-    Each image is standardized without the normal it is or was made of.
-    """
-    sample = PixelSample(config.calibration, config.runtime.seed)
+def _fuse(normals: NormalViews, model: Normalizer, images: np.ndarray, config: Config) -> Fusion:
+    """The fusion; each image is standardized without the normal it is or was made of."""
+    sample = PixelSample(config.calibration, config.runtime.seed, len(images))
     for origin, views, changed in _corrupted(model, images, config):
         deviations = normals.statistics_without(origin).standardize(features(views, config.calibration.blurs))
         sample.add_corrupted(deviations, changed)
-    everyone = range(len(images))
-    for index in everyone:
+    for index in tqdm(range(len(images)), "pixels of normals", unit="image"):
         sample.add_normal(normals.left_out(index))
-    fusion = sample.fit()
-    return fusion, torch.cat([fusion.anomaly_map(normals.left_out(index)) for index in everyone])
+    return sample.fit()
 
 
 def _corrupted(model: Normalizer, images: np.ndarray, config: Config) -> Iterator[tuple[int, Tensor, np.ndarray]]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from backbone import REMEDY
-from calibration import Calibration, calibrate, magnification_of, refuse_too_few, shaping
+from calibration import Calibration, calibrate, refuse_too_few, shaping
 from checks import UsageError
 from command_line import CommandLine
 from config import Config
@@ -21,6 +21,8 @@ from radiographs.manifest import Record, describe_patients, list_records, split_
 from reader import Reader, stored_reader
 from reader_training import READER, RECIPE, reader_identity, train_reader
 from runtime import start
+from scratch import nameless_array
+from survey import magnification_of
 
 
 def open_normalizer(command: CommandLine) -> tuple[Normalizer, Config]:
@@ -144,7 +146,7 @@ def new_reader(model: Normalizer, config: Config) -> Reader:
 class Normals(NamedTuple):
     """The normals of a split."""
 
-    images: np.ndarray  # float32 (N, k H, k W), as the method looks at them
+    images: np.ndarray  # float32 (N, k H, k W), as the method looks at them; they lie on disk
     pictures: str  # a hash of what they show
     file_sizes: list[list[int]]  # rows and columns of the smallest and of the largest file, each on its own
 
@@ -160,15 +162,17 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
     if training and len(records) > config.reader.normals:
         chosen = np.linspace(0, len(records) - 1, config.reader.normals).round().astype(int)
         records = [records[index] for index in chosen]
-    images, digests, shapes, errors, left_out = [], [], [], [], 0
+    digests, shapes, errors, left_out = [], [], [], 0
     times = magnification_of(config)
+    size = (times * config.data.height, times * config.data.width)
+    images = nameless_array(config.inference.calibration, np.float32, (len(records), *size)) if records else []
     for batch in read_batches(records, config.data, config.inference.batch_size, errors, times):
         for index, sample in batch:
             patient = None if training else records[index].patient
             if model.trained_on(patient, sample.digest) != training:
                 left_out += 1
             else:
-                images.append(sample.image)
+                images[len(digests)] = sample.image
                 shapes.append(sample.original_shape)
                 digests.append(sample.digest)
     name = "skipped_training_local_only.csv" if training else "skipped_local_only.csv"
@@ -179,15 +183,16 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
         print(f"{left_out} of {len(records)} training normals did not train the networks and are left out")
     elif left_out:
         print(f"{left_out} of {len(records)} validation normals trained the networks and are left out")
-    if not images and not training:
+    if not digests and not training:
         raise UsageError(
             f"no validation normal of {config.data.root} is left: thresholds need radiographs that trained neither "
             "network; point data.root at the normals of phase 1"
         )
-    if not images:
+    if not digests:
         raise UsageError(
             f"{config.data.root} has no radiograph that trained the networks, and the reader learns on them: point "
             "data.root at the normals of phase 1, or use --inference.method plain"
         )
     pictures = hashlib.sha256("".join(digests).encode()).hexdigest()
-    return Normals(np.stack(images), pictures, [np.min(shapes, axis=0).tolist(), np.max(shapes, axis=0).tolist()])
+    sizes = [np.min(shapes, axis=0).tolist(), np.max(shapes, axis=0).tolist()]
+    return Normals(images[: len(digests)], pictures, sizes)

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from config import CalibrationConfig
 
+MOST_NORMAL_PIXELS = 100_000  # in all that the regression is fitted to: thousands of normals share them
+
 
 def evidence(deviations: Tensor, largest: float) -> Tensor:
     """The size of each deviation, at most `largest`, and the same with its sign: (B, 2F, H, W)."""
@@ -39,17 +41,18 @@ class Fusion:
 
 
 class PixelSample:
-    """Pixels drawn from images, with the answer that the regression shall give."""
+    """Pixels drawn from images, with the answer that the regression shall give; of `normals` normal ones, at most."""
 
-    def __init__(self, settings: CalibrationConfig, seed: int):
+    def __init__(self, settings: CalibrationConfig, seed: int, normals: int):
         self.settings = settings
+        self.of_each_normal = min(settings.pixels_normal, max(1, MOST_NORMAL_PIXELS // normals))
         self.random = np.random.default_rng(seed)
         self.rows: list[np.ndarray] = []
         self.answers: list[np.ndarray] = []
 
     def add_normal(self, deviations: Tensor) -> None:
         """Pixels of a normal image (1, F, H, W)."""
-        self._add(deviations, np.arange(deviations[0, 0].numel()), self.settings.pixels_normal, False)
+        self._add(deviations, np.arange(deviations[0, 0].numel()), self.of_each_normal, False)
 
     def add_corrupted(self, deviations: Tensor, changed: np.ndarray) -> None:
         """Pixels of a corrupted image (1, F, H, W), inside and outside of what changed, bool (H, W)."""

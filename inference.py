@@ -40,7 +40,7 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from calibration import Calibration, magnification_of
+from calibration import Calibration
 from command_line import parse_command
 from config import Config
 from dataset import Sample, attempt_sample, read_batches, refuse_too_many_bad, report_skipped
@@ -49,7 +49,7 @@ from files import write_binary, write_csv, write_json
 from holding import hold
 from image_ops import residual_components
 from interruption import Steps, remember
-from metrics import false_positive_interval, summarize
+from metrics import summarize
 from normalizer import Examined, Normalizer
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
@@ -59,6 +59,8 @@ from reporting.lookup import Pseudonyms
 from reporting.summary import metrics_table
 from results import Unfinished, finished_entries, identity_of, refuse_to_write_among
 from runtime import run_script, shareable
+from survey import magnification_of
+from thresholds import false_positive_interval
 
 RECIPE = 1  # raise it when code changes the results of the same files and settings
 SKIPPED = "skipped_local_only.csv"

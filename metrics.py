@@ -89,39 +89,6 @@ def dice_at(maps: Sequence, masks: Sequence, threshold: float) -> float:
     return 2 * hits / (sum(int(np.count_nonzero(f)) for f in flagged) + lesion) if lesion else math.nan
 
 
-def threshold_from_normals(values: ArrayLike, fpr: float) -> float:
-    """The smallest threshold with at most the share fpr of the normal values above it; flag what is > threshold.
-
-    Of n values it is the k-th highest but for k = floor(fpr n) above it, so with n < 1 / fpr it is their maximum. A
-    new normal exceeds it with probability (k + 1) / (n + 1) on average, somewhat more than fpr;
-    `false_positive_interval` says how far that may be off.
-    """
-    values = np.asarray(values).ravel()
-    if not 0 <= fpr < 1:
-        raise ValueError(f"the false-positive rate must lie in [0, 1), got {fpr}")
-    if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError("a threshold needs finite values of at least one normal image: give validation normals")
-    rank = values.size - 1 - _allowed_above(values.size, fpr)
-    return float(np.partition(values, rank)[rank])
-
-
-def false_positive_interval(n_normals: int, fpr: float, confidence: float = 0.95) -> tuple[float, float]:
-    """Where the true false-positive rate lies if `threshold_from_normals` set the threshold from n independent normals.
-
-    With k = floor(fpr n), a continuous score exceeds its (n - k)-th order statistic with a probability that is itself
-    random, Beta(k + 1, n - k) (David & Nagaraja 2003, Order Statistics, 2.5; Vovk 2012, Conditional validity of
-    inductive conformal predictors); ties only lower it. For image scores, one per patient: pixels of one image are not
-    independent.
-    """
-    if n_normals < 1 or not 0 <= fpr < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            f"needs n_normals >= 1, fpr in [0, 1), confidence in (0, 1), got {n_normals}, {fpr}, {confidence}"
-        )
-    k = _allowed_above(n_normals, fpr)
-    low, high = scipy.stats.beta.ppf([(1 - confidence) / 2, (1 + confidence) / 2], k + 1, n_normals - k)
-    return float(low), float(high)
-
-
 def bootstrap_interval(
     statistic: Callable[..., float],
     arrays: Sequence[ArrayLike],
@@ -313,10 +280,6 @@ def _region_weights(mask: NDArray) -> tuple[NDArray, int]:
     """One over the size of its region for each True pixel of mask (H, W), in C order, and the number of regions."""
     regions, n = scipy.ndimage.label(mask, structure=EIGHT_CONNECTED)
     return 1 / np.bincount(regions.ravel())[regions[mask]], n
-
-
-def _allowed_above(n: int, fpr: float) -> int:
-    return math.floor(fpr * n + 1e-9)  # 0.29 * 100 is 28.999...
 
 
 def _check_labels(labels: ArrayLike) -> NDArray:

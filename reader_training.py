@@ -5,7 +5,6 @@ Both go on where they were killed; the pool is removed when the reader is saved.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from normalizer import Normalizer
 from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, mirrored, positions
 from reporting.figures import save_grid
 from runtime import learning_rate, set_learning_rate, stream_seed, training_precision
+from scratch import array_at
 from standardization import pixel_statistics
 
 # what a trained reader can be read under: settings that shape no weight
@@ -197,7 +197,7 @@ def make_pool(
             shares = (255 * F.avg_pool2d(changed, settings.stride)[:, 0]).round().byte().numpy()
             if not arrays:
                 arrays = [
-                    _room(folder / f"{number:02d}.npy", part.dtype, (rows, *part.shape[1:]))
+                    array_at(folder / f"{number:02d}.npy", part.dtype, (rows, *part.shape[1:]))
                     for number, part in enumerate([*maps, shares])
                 ]
             for array, part in zip(arrays, [*maps, shares], strict=True):
@@ -224,15 +224,6 @@ def _pool_so_far(folder: Path, identity: dict) -> tuple[int, list[np.ndarray]]:
     except (OSError, ValueError, KeyError, TypeError):  # there is nothing, or something else: made anew
         return 0, []
     return (stored["done"], arrays) if whole else (0, [])
-
-
-def _room(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """An array on disk whose room is taken at once: writing into a mapped file on a full disk would kill Python."""
-    array = np.lib.format.open_memmap(path, "w+", dtype, shape)
-    if hasattr(os, "posix_fallocate"):
-        with open(path, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
 
 
 def training_image(images: Sequence[np.ndarray], number: int, config: Config) -> tuple[np.ndarray, np.ndarray]:

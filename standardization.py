@@ -49,7 +49,7 @@ class NormalViews:
     """
 
     def __init__(self, views: Tensor, settings: CalibrationConfig | ReaderConfig, blurs: tuple[float, ...] = (0.0,)):
-        self.views = views.half()  # the one thing here whose size grows with N
+        self.views = views.half()  # the one thing here whose size grows with N: it may lie on disk
         self.settings, self.blurs = settings, blurs
         self.total, self.squares = 0, 0
         for index in range(len(views)):

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from calibration import NEEDED, Calibration, calibrate, magnification_of
+from calibration import NEEDED, Calibration, calibrate
 from checks import UsageError
 from command_line import parse_command
 from config import Config
@@ -30,6 +30,7 @@ from examination import open_normalizer, read_normals, reader_of
 from files import write_csv
 from normalizer import Examined, Normalizer
 from runtime import run_script, stream_seed
+from survey import magnification_of
 
 RADII = (0.005, 0.01, 0.02, 0.04, 0.08)  # shares of the height: a caries, a periapical lesion, a cyst
 CONTRAST = 0.3  # in units of [-1, 1]

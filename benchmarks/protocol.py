@@ -20,10 +20,11 @@ from tqdm import tqdm
 from checks import UsageError
 from config import DataConfig
 from dataset import Sample, read_batches
-from metrics import summarize, threshold_from_normals
+from metrics import summarize
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record, list_records, split_records
 from radiographs.reading import read_mask
+from thresholds import threshold_from_normals
 
 PIXEL_FPR = 0.001  # share of the pixels of validation normals above the threshold that Dice is taken at
 BATCH = 8

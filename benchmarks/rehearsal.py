@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from anomaly import image_score
-from calibration import NEEDED, magnification_of
+from calibration import NEEDED
 from checks import UsageError
 from command_line import parse_command
 from config import Config
@@ -38,6 +38,7 @@ from normalizer import Normalizer
 from reader import Reader
 from runtime import run_script, stream_seed
 from standardization import NormalViews
+from survey import magnification_of
 
 HEIGHT = 512  # of the image whose pixels the radii below are given in
 BANDS = ((2.5, 5), (5, 10), (10, 20), (20, 40))  # radii of corruptions

@@ -1,5 +1,7 @@
 """The fixtures that several files of tests share: the pipeline, run once per session, and a phase run in this one."""
 
+import subprocess
+
 import pytest
 import torch
 from filelock import FileLock
@@ -52,3 +54,15 @@ def call(made, monkeypatch, capsys, tmp_path):
         return run_here(script, words, monkeypatch, capsys)
 
     return call
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 200 KiB; skips where one may not be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("a small disk cannot be mounted here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

@@ -13,10 +13,10 @@ from config import CalibrationConfig, Config, InferenceConfig, UNetConfig, VAECo
 from flowdiff_model import FlowDiffUNet
 from image_ops import gaussian_blur
 from latent_dataset import LatentStandard
-from metrics import false_positive_interval
 from model import pretrained_vae
 from normalizer import Normalizer
 from standardization import NormalViews, features, pixel_statistics
+from thresholds import false_positive_interval
 
 VIEWS, HEIGHT, WIDTH = 2, 32, 64
 SETTINGS = CalibrationConfig(blurs=(1 / 32, 2 / 32), alignment=3 / 32)  # 1, 2 and 3 pixels

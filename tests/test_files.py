@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import subprocess
 
 import pytest
 import torch
@@ -69,18 +68,6 @@ def test_sealed_json_says_whether_it_is_what_was_written(tmp_path):
             unsealed(stored | {name: "x"})
         with pytest.raises(ValueError, match="not what was written"):
             unsealed({key: value for key, value in stored.items() if key != name})
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 200 KiB; skips where one may not be mounted."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_is_one_line_and_what_was_there_stays_whole(small_disk):

@@ -43,7 +43,7 @@ def with_square(seed, shift):
 
 @pytest.fixture(scope="module")
 def fitted():
-    sample = PixelSample(SETTINGS, seed=0)
+    sample = PixelSample(SETTINGS, seed=0, normals=40)
     for seed in range(20):
         sample.add_corrupted(*with_square(seed, 6 * (-1) ** seed))
         sample.add_normal(noise(100 + seed))
@@ -51,7 +51,8 @@ def fitted():
 
 
 def test_views_that_nearly_say_the_same_are_fitted_to_the_optimum_and_not_to_where_a_solver_gave_up():
-    sample, mix = PixelSample(SETTINGS, seed=0), torch.randn(40, 2, generator=torch.Generator().manual_seed(9))
+    sample = PixelSample(SETTINGS, seed=0, normals=40)
+    mix = torch.randn(40, 2, generator=torch.Generator().manual_seed(9))
     for seed in range(20):
         deviations, changed = with_square(seed, 6 * (-1) ** seed)
         sample.add_corrupted(torch.einsum("fv,bvhw->bfhw", mix, deviations), changed)
@@ -75,7 +76,7 @@ def test_a_view_that_never_tells_gets_no_weight(fitted):
 
 
 def test_the_same_seed_gives_the_same_fusion(fitted):
-    sample = PixelSample(SETTINGS, seed=0)
+    sample = PixelSample(SETTINGS, seed=0, normals=40)
     for seed in range(20):
         sample.add_corrupted(*with_square(seed, 6 * (-1) ** seed))
         sample.add_normal(noise(100 + seed))
@@ -100,3 +101,12 @@ def test_each_normal_is_scored_in_units_of_the_others():
     normal = readings(20, (0, 0), 0)
     others = ScoreFusion.of(np.delete(normal, 7, axis=0), (1.0, 0.5))
     assert left_out_scores(normal, (1.0, 0.5))[7] == pytest.approx(others.score(normal[7:8])[0])
+
+
+def test_thousands_of_normals_share_the_pixels_that_are_drawn_and_a_few_do_not():
+    drawn = {}
+    for normals in (40, 10_000):
+        sample = PixelSample(SETTINGS, seed=0, normals=normals)
+        sample.add_normal(torch.randn(1, 2, 64, 64))
+        drawn[normals] = len(sample.rows[0])
+    assert drawn == {40: SETTINGS.pixels_normal, 10_000: 10}

@@ -21,7 +21,7 @@ PARTS = {
     "fusion",
     "latent_dataset",
 }
-PARTS |= {"examination", "features", "model", "normalizer", "reader", "reader_training", "standardization"}
+PARTS |= {"examination", "features", "model", "normalizer", "reader", "reader_training", "standardization", "survey"}
 LEAVES = {
     "backbone",
     "checks",
@@ -39,6 +39,8 @@ LEAVES = {
     "results",
     "run_log",
     "runtime",
+    "scratch",
+    "thresholds",
 }
 LEAVES |= {name for name in FILES if "." in name}  # a folder is a leaf with several doors
 LIGHT = {
@@ -51,6 +53,7 @@ LIGHT = {
     "interruption",
     "metrics",
     "presets",
+    "thresholds",
 } | {name for name in FILES if "." in name}  # run without torch
 HEAVY = {"torch", "accelerate", "diffusers", "torchmetrics"}
 

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import scipy.ndimage as ndi
-import scipy.stats
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 
 import metrics
@@ -116,31 +115,6 @@ def test_no_threshold_beats_best_dice_and_its_own_reaches_it(rng, dtype):
     assert best == max(every) == metrics.dice_at(maps, masks, threshold)
 
 
-@pytest.mark.parametrize("fpr", [0.0, 0.05, 0.29, 0.3, 0.99])
-@pytest.mark.parametrize("n", [1, 7, 40, 100])
-def test_threshold_from_normals_is_the_smallest_that_keeps_the_rate(rng, n, fpr):
-    values = np.round(rng.standard_normal(n), 1)
-    threshold = metrics.threshold_from_normals(values, fpr)
-    assert (values > threshold).sum() <= fpr * n + 1e-9
-    assert (values > np.nextafter(threshold, -np.inf)).sum() > fpr * n + 1e-9
-
-
-def test_false_positive_interval_is_where_the_binomial_says_it_is():
-    low, high = metrics.false_positive_interval(40, 0.05, confidence=0.9)
-    # The true rate lies below p exactly if at least k + 1 = 3 of the 40 normals exceed the (1 - p) quantile.
-    assert scipy.stats.binom.sf(2, 40, low) == pytest.approx(0.05)
-    assert scipy.stats.binom.sf(2, 40, high) == pytest.approx(0.95)
-
-
-def test_false_positive_interval_covers_simulated_thresholds_as_often_as_it_says(rng):
-    low, high = metrics.false_positive_interval(40, 0.05, confidence=0.8)
-    rates = np.array(
-        [1 - metrics.threshold_from_normals(normals, 0.05) for normals in rng.random((4000, 40))]
-    )  # uniform: rate = 1 - threshold
-    assert np.mean((low <= rates) & (rates <= high)) == pytest.approx(0.8, abs=0.02)
-    assert rates.mean() == pytest.approx(3 / 41, abs=0.002)
-
-
 def test_bootstrap_of_a_mean_has_its_standard_error(rng):
     values = rng.standard_normal(400)
     low, high = metrics.bootstrap_interval(np.mean, [values], np.arange(400))
@@ -224,5 +198,3 @@ def test_what_cannot_be_measured_is_refused_with_the_remedy():
         metrics.aupro([np.full((2, 2), np.nan)], [np.eye(2)])
     with pytest.raises(ValueError, match="resize the masks"):
         metrics.dice_at([np.zeros((2, 2))], [np.eye(3)], 0.5)
-    with pytest.raises(ValueError, match="give validation normals"):
-        metrics.threshold_from_normals([], 0.05)

@@ -14,7 +14,7 @@ from torch import nn
 
 import interruption
 from backbone import Backbone, backbone_name
-from calibration import Calibration, calibrate, maps_beside, readings_of, shaping
+from calibration import Calibration, calibrate, readings_of, shaping
 from checks import UsageError
 from config import Config, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
@@ -47,6 +47,7 @@ from reader_training import (
     training_image,
 )
 from standardization import PixelStatistics
+from survey import maps_beside
 
 ALL = ("image", "residual", "latent", "trunk", "encoder", "backbone")
 OWN = ALL[:-1]
