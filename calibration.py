@@ -33,8 +33,9 @@ from scratch import nameless_array
 from standardization import NormalViews, PixelStatistics, features
 from survey import COLOUR_QUANTILE, look_at, magnification_of, maps_beside
 from thresholds import threshold_from_normals
+from typical import Typical, summary_of
 
-FORMAT = 6  # of METHOD.json; another is made anew
+FORMAT = 7  # of METHOD.json; another is made anew
 NEEDED = {"plain": 1, "statistical": 2, "reader": 3}  # validation normals that each method needs
 FEW_NORMALS = 20  # below, each left-out normal moves the statistics of the others
 
@@ -56,6 +57,7 @@ class Calibration:
     reader: Reader | None = None
     score_fusion: ScoreFusion | None = None  # of the reader's map and of those beside it
     beside_statistics: PixelStatistics | None = None  # of the maps that a score hears beside the reader's
+    typical: Typical | None = None  # latents of the normals; None where they are too few to say
     file_sizes: list[list[int]] | None = None  # rows and columns of the smallest and of the largest normal's file
 
     def scores_of(self, seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
@@ -80,6 +82,12 @@ class Calibration:
         """
         wanted = (magnification_of(config) * size for size in (config.data.height, config.data.width))
         return any(own < min(known, most) for own, known, most in zip(shape, self.file_sizes[0], wanted, strict=True))
+
+    def foreign(self, seen: Examined, limit: float) -> list[bool]:
+        """Of each image of a batch, whether its latent lies more than `limit` robust deviations from the normals'."""
+        if self.typical is None:
+            return [False] * len(seen.x)
+        return (self.typical.deviations(summary_of(seen.z.cpu().numpy())) > limit).tolist()
 
     def p_value(self, score: float) -> float:
         """Share of normals, the examined one counted in, that score as high.
@@ -115,6 +123,7 @@ class Calibration:
         named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error", "file_sizes")
         content = {name: getattr(self, name) for name in named}
         views = {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}
+        views["typical"] = asdict(self.typical) if self.typical else None
         views["score_fusion"] = asdict(self.score_fusion) if self.score_fusion else None
         write_sealed_json(description, {"format": FORMAT, **content, **views, "arrays_sha256": sha256(path)})
 
@@ -145,7 +154,8 @@ class Calibration:
 
     @classmethod
     def _of(cls, content: dict, arrays: dict[str, np.ndarray], reader: Reader | None) -> "Calibration":
-        largest, names, scores = (content.pop(name) for name in ("largest", "view_names", "score_fusion"))
+        parts = ("largest", "view_names", "score_fusion", "typical")
+        largest, names, scores, typical = (content.pop(name) for name in parts)
         statistics = beside_statistics = fusion = None
         if "mean" in arrays:
             statistics = PixelStatistics(torch.from_numpy(arrays["mean"]), torch.from_numpy(arrays["std"]))
@@ -157,6 +167,7 @@ class Calibration:
         made = {"view_names": tuple(names), "statistics": statistics, "fusion": fusion, "reader": reader}
         made["score_fusion"] = rebuild_phase(ScoreFusion, scores) if scores else None
         made["beside_statistics"] = beside_statistics
+        made["typical"] = rebuild_phase(Typical, typical) if typical else None
         return cls(**content, scores=arrays["scores"], **made)
 
 
@@ -238,6 +249,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         reader=reader,
         score_fusion=score_fusion,
         beside_statistics=beside_statistics,
+        typical=Typical.of(survey.latents) if len(images) >= FEW_NORMALS else None,
     )
 
 

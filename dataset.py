@@ -105,8 +105,8 @@ def open_datasets(
         report_twins(readable, prints, report.with_name(TWINS))
     datasets = {}
     for name, split in readable.items():
-        theirs = [digests[record.path] for record in split]
-        datasets[name] = RadiographDataset(split, config, seed, theirs, samples if fits else None)
+        theirs = [digests[record.path] for record in split], [prints[record.path] for record in split]
+        datasets[name] = RadiographDataset(split, config, seed, *theirs, samples if fits else None)
     return datasets
 
 
@@ -214,7 +214,7 @@ class RadiographDataset(Dataset):
     An item holds image (float32 (1, H, W) in [-1, 1]), mask (uint8 (1, H, W), zeros where there is none), label (-1
     unknown), has_mask, index, original_height and original_width (of the file, in pixels). With augmentation an item
     depends on seed, epoch and index alone. Without samples in memory each access reads the file, and raises
-    ImageReadError where that fails. `digests` says of every record what its file holds.
+    UsageError where that fails. `digests` says of every record what its file holds, `prints` what it looks like.
     """
 
     def __init__(
@@ -223,12 +223,14 @@ class RadiographDataset(Dataset):
         config: DataConfig,
         seed: int,
         digests: list[str],
+        prints: list[np.ndarray],
         samples: dict[Path, Sample] | None,
     ):
         self.records = records
         self.config = config
         self.seed = seed
         self.digests = digests
+        self.prints = prints
         self.augment = False
         self._samples = samples
         self._geometry = None
@@ -256,7 +258,7 @@ class RadiographDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         record = self.records[index]
-        sample = self._samples[record.path] if self._samples is not None else read_sample(record, self.config)
+        sample = self._samples[record.path] if self._samples is not None else self._read_again(record)
         image, mask = sample.image, sample.mask
         has_mask = mask is not None
         mask = mask.astype(np.uint8) if has_mask else np.zeros(image.shape, np.uint8)
@@ -271,6 +273,13 @@ class RadiographDataset(Dataset):
             "original_height": sample.original_shape[0],
             "original_width": sample.original_shape[1],
         }
+
+    def _read_again(self, record: Record) -> Sample:
+        """What could be read when the dataset was opened."""
+        try:
+            return read_sample(record, self.config)
+        except ImageReadError as error:
+            raise UsageError(f"{error}, though it could be read at first: give the same command again") from error
 
     def _augment(
         self, image: np.ndarray, mask: np.ndarray, random: np.random.Generator

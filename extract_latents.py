@@ -41,6 +41,7 @@ from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
 from radiographs.membership import Membership
 from runtime import plain, run_script, shareable, start, without
+from typical import Typical, summary_of
 
 SAVE_EVERY = 20  # batches
 RECIPE = 1  # raise it when code changes what the latents of the same files and settings are
@@ -168,7 +169,8 @@ def members_of(datasets: dict[str, RadiographDataset], rows: dict[str, list[int]
     """Who trains and who validates in phase 3, as latents.json keeps it."""
     patients = {name: [datasets[name].records[row].patient for row in part] for name, part in rows.items()}
     digests = {name: [datasets[name].digests[row] for row in part] for name, part in rows.items()}
-    return Membership.of(patients, digests).plain()
+    prints = [datasets[name].prints[row] for name, part in rows.items() for row in part]
+    return Membership.of(patients, digests, prints).plain()
 
 
 def encode_to_file(
@@ -227,9 +229,7 @@ def find_outliers(latents: dict[str, np.ndarray], limit: float) -> list[dict]:
 
     Raises UsageError if a latent is not finite: training on it would destroy the network.
     """
-    features = {
-        split: np.stack([np.r_[row.mean((1, 2)), row.std((1, 2))] for row in rows]) for split, rows in latents.items()
-    }
+    features = {split: np.concatenate([summary_of(row[None]) for row in rows]) for split, rows in latents.items()}
     for split, values in features.items():
         bad = np.flatnonzero(~np.isfinite(values).all(1))
         if len(bad):
@@ -237,12 +237,9 @@ def find_outliers(latents: dict[str, np.ndarray], limit: float) -> list[dict]:
                 f"{len(bad)} latents are not finite, such as row {bad[0]} of latents_{split}: look at its file, which "
                 f"latents_{split}.pkl names, or train phase 1 again"
             )
-    median = np.median(features["train"], axis=0)
-    deviation = np.median(np.abs(features["train"] - median), axis=0)
-    spread = 1.4826 * deviation + 1e-6  # 1.4826 MAD estimates a normal's standard deviation
-    found = []
+    typical, found = Typical.of(features["train"]), []
     for split, values in features.items():
-        distance = (np.abs(values - median) / spread).max(axis=1)
+        distance = typical.deviations(values)
         found += [
             {"split": split, "row": int(row), "deviations": float(distance[row])}
             for row in np.flatnonzero(distance > limit)

@@ -52,6 +52,7 @@ from interruption import Steps, remember
 from metrics import summarize
 from normalizer import Examined, Normalizer
 from radiographs.geometry import unfit_map
+from radiographs.likeness import fingerprint
 from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
 from reporting.figures import ColourScale, save_result
@@ -62,9 +63,14 @@ from runtime import run_script, shareable
 from survey import magnification_of
 from thresholds import false_positive_interval
 
-RECIPE = 1  # raise it when code changes the results of the same files and settings
+RECIPE = 2  # raise it when code changes the results of the same files and settings
 SKIPPED = "skipped_local_only.csv"
-COLUMNS = ["index", "name", "score", "p_value", "flagged", "label", "kind"]
+COLUMNS = ["index", "name", "score", "p_value", "flagged", "label", "kind", "remarks"]
+REMARKS = {
+    "coarser": "fewer pixels than the normals",
+    "foreign": "unlike the normals",
+    "known": "looks like a radiograph that trained",
+}
 SAVE_EVERY = 10  # batches at first, then a twentieth of those that are done: the note grows with them
 
 
@@ -133,6 +139,7 @@ def examine(
             seen = model.examine(images, times)
             maps = calibration.anomaly_map(seen, config)
             scores = calibration.scores_of(seen, maps, config).tolist()
+            foreign = calibration.foreign(seen, config.latent.outlier_std)
             for position, (place, sample) in enumerate(batch):
                 index = begun + place
                 refuse_known_content(model, sample, index, config)
@@ -140,8 +147,10 @@ def examine(
                 p_value, figure = calibration.p_value(score), f"result_{index:03d}.png" if index in drawn else ""
                 row = [f"{index:03d}", names.name(index, record.path), f"{score:.6f}", f"{p_value:.4f}"]
                 row += [int(score > threshold), "" if record.label is None else record.label, record.kind]
-                coarser = calibration.coarser(sample.original_shape, config)
-                entry = {"index": index, "row": row, "score": score, "coarser": coarser, "figure": figure}
+                remarks = {"coarser": calibration.coarser(sample.original_shape, config), "foreign": foreign[position]}
+                remarks["known"] = model.looks_known(fingerprint(sample.image))
+                row.append("; ".join(REMARKS[name] for name, holds in remarks.items() if holds))
+                entry = {"index": index, "row": row, "score": score, **remarks, "figure": figure}
                 unfinished.entries.append(entry)
                 if record.label is not None:
                     unfinished.keep(index, anomaly_map, sample.mask)
@@ -178,7 +187,7 @@ def shaping_results(calibration: Calibration, config: Config) -> dict:
     names = ("belongs_to", "pixel_threshold", "scale", "file_sizes")
     known = {name: getattr(calibration, name) for name in names} | {"scores": calibration.scores.tolist()}
     asked = ("figures", "save_maps", "image_fpr", "examine_training_patients", "batch_size")
-    settings = {name: getattr(config.inference, name) for name in asked}
+    settings = {name: getattr(config.inference, name) for name in asked} | {"outlier_std": config.latent.outlier_std}
     made_by = {"recipe": RECIPE, "torch": torch.__version__}
     return {"calibration": known, "settings": settings, "preprocessing": config.data.preprocessing, **made_by}
 
@@ -258,11 +267,21 @@ def report(entries: list[dict], calibration: Calibration, metrics: dict | None, 
     examined = [entry for entry in entries if "row" in entry]
     flagged, skipped = sum(entry["row"][4] for entry in examined), len(entries) - len(examined)
     print(f"\n{len(examined)} images examined, {skipped} skipped, {flagged} flagged at score > {threshold:.4f}")
-    coarser = sum(entry["coarser"] for entry in examined)  # they show less than those of the validation normals
+    coarser, foreign, known = (sum(entry[name] for entry in examined) for name in REMARKS)
     if coarser:
         print(
             f"{coarser} of {len(examined)} files have fewer pixels than any validation normal: "
             "thresholds and p-values do not hold for them"
+        )
+    if foreign:
+        print(
+            f"{foreign} of {len(examined)} images are unlike all normals (their latents lie out by more than "
+            f"latent.outlier_std = {config.latent.outlier_std:g}), perhaps no panoramics: see the remarks in scores.csv"
+        )
+    if known:
+        print(
+            f"{known} of {len(examined)} images look like radiographs that trained or validated the networks, perhaps "
+            "copies: their scores flatter; see the remarks in scores.csv"
         )
     print(
         f"threshold from {normals} validation normals at a false-positive rate of {settings.image_fpr:.0%}: on new "

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -156,6 +157,10 @@ class Normalizer:
     def knows(self, patient: str | None, digest: str) -> bool:
         """Whether this patient, or this very picture, trained or validated one of them."""
         return any(members.knows(patient, digest) for members in self.members)
+
+    def looks_known(self, fingerprint: np.ndarray) -> bool:
+        """Whether one that looks like it (radiographs.likeness) trained or validated one of them."""
+        return any(members.looks_known(fingerprint) for members in self.members)
 
     def read(self, path: str | Path) -> Tensor:
         """One file as the networks know radiographs, (1, 1, H, W) in [-1, 1]; ImageReadError if it is none."""

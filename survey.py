@@ -14,6 +14,7 @@ from image_ops import residual_components
 from normalizer import Examined, Normalizer
 from reader import Reader
 from scratch import nameless_array
+from typical import summary_of
 
 CALM = 0.016  # blur of a map beside the reader's, a share of the height: about as wide as metal, chosen with its weight
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
@@ -30,6 +31,7 @@ class Survey:
     gradient: float
     identity_error: float  # mean |x - G(x)|
     vae_error: float  # mean |x - dec(enc(x))|
+    latents: np.ndarray  # their summaries (N, 2C)
 
 
 def look_at(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None) -> Survey:
@@ -37,7 +39,7 @@ def look_at(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
     method, size = config.inference.method, config.inference.batch_size
     magnification = magnification_of(config)
     shown, beside = _Rows(len(images), config), _Rows(len(images), config)
-    names, numbers = (), []
+    names, numbers, latents = (), [], []
     with tqdm(total=len(images), desc="validation normals", unit="image") as progress:
         for first in range(0, len(images), size):
             batch = torch.from_numpy(np.asarray(images[first : first + size])).unsqueeze(1)
@@ -52,8 +54,10 @@ def look_at(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
                 names = tuple(views)
                 shown.add(torch.cat(list(views.values()), dim=1).half())
             numbers.append(_numbers(seen))
+            latents.append(summary_of(seen.z.cpu().numpy()))
             progress.update(len(batch))
-    return Survey(shown.tensor(), names, beside.tensor(), *torch.cat(numbers).mean(0).tolist())
+    means = torch.cat(numbers).mean(0).tolist()
+    return Survey(shown.tensor(), names, beside.tensor(), *means, np.concatenate(latents))
 
 
 class _Rows:

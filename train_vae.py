@@ -203,12 +203,13 @@ def hand_on(config: Config, vae: RadiographVAE, datasets: dict[str, RadiographDa
     """What checkpoint_best.pt hands on beside its weights: no later phase has to guess it."""
     patients = {name: [record.patient for record in dataset.records] for name, dataset in datasets.items()}
     digests = {name: dataset.digests for name, dataset in datasets.items()}
+    prints = [each for dataset in datasets.values() for each in dataset.prints]
     return {
         "config": shareable(config),
         "recipe": vae.recipe(),
         "preprocessing": config.data.preprocessing,
         "split": config.data.split,
-        "members": Membership.of(patients, digests).plain(),
+        "members": Membership.of(patients, digests, prints).plain(),
     }
 
 

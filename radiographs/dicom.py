@@ -179,7 +179,15 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray, str | None]:
     stream = _first_codestream(dataset, frames)
     photometric = dataset.PhotometricInterpretation
     deep = stream is not None and dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit and _bits_stored(dataset) > 8
-    decoded = _decode_12_bit_jpeg(stream) if deep else pixel_array(dataset, index=0)  # which turns YBR into RGB, too
+    try:
+        decoded = (
+            _decode_12_bit_jpeg(stream) if deep else pixel_array(dataset, index=0)
+        )  # which turns YBR into RGB, too
+    except RuntimeError as error:  # of every decoder that was tried, in its own words
+        if "raised by all available plugins" not in str(error):
+            raise
+        coding = dataset.file_meta.TransferSyntaxUID.name
+        raise ValueError(f"no decoder makes sense of its pixels, which claim to be {coding}: damaged") from error
     if decoded.ndim == 3:
         return luma(decoded), np.ones(decoded.shape[:2], bool), _patient(dataset)
     stored = _stored_values(dataset, decoded)

@@ -27,8 +27,7 @@ def twins(prints: np.ndarray) -> Iterator[tuple[int, int]]:
 
     A flat picture, with next to no sign one way or the other, is nobody's twin.
     """
-    signs = SET_BITS[prints].sum(axis=1, dtype=int)
-    (telling,) = np.nonzero((signs >= FEWEST) & (signs <= 8 * prints.shape[1] - FEWEST))
+    (telling,) = np.nonzero(_tells(prints))
     prints, first = prints[telling], 0
     while first < len(prints):
         rows = max(1, AT_ONCE // (len(prints) - first))
@@ -37,6 +36,17 @@ def twins(prints: np.ndarray) -> Iterator[tuple[int, int]]:
             if one < other:
                 yield int(telling[first + one]), int(telling[first + other])
         first += rows
+
+
+def looks_like_one_of(one: np.ndarray, others: np.ndarray) -> bool:
+    """Whether the fingerprint (32,) is of a picture that one of the others (N, 32) is of, too."""
+    return bool(_tells(one[None])[0] and (_differences(one[None], others) <= MOST).any())
+
+
+def _tells(prints: np.ndarray) -> np.ndarray:
+    """Whether there is enough to see, bool (N,)."""
+    signs = SET_BITS[prints].sum(axis=1, dtype=int)
+    return (signs >= FEWEST) & (signs <= 8 * prints.shape[1] - FEWEST)
 
 
 def _differences(ones: np.ndarray, others: np.ndarray) -> np.ndarray:

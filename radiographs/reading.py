@@ -23,6 +23,7 @@ from radiographs.pictures import read_picture
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LOSSY_BLACK = 127  # a JPEG's black is never clean: its masks are white beyond this
 LARGEST_FILE = 2**30  # bytes: a film of many frames, at most
+PUZZLED = (AttributeError, TypeError, LookupError, AssertionError, ArithmeticError, NotImplementedError)
 
 
 class ImageReadError(Exception):
@@ -146,6 +147,10 @@ def _read_errors(path: str | Path) -> Iterator[None]:
         raise ImageReadError(path, "the machine has too little memory for it") from error
     except UnidentifiedImageError as error:
         raise ImageReadError(path, "neither a DICOM file nor a PNG, JPEG, TIFF or BMP image") from error
+    except PUZZLED as error:  # in the words of a program, not of a file
+        raise ImageReadError(
+            path, f"damaged: what it says of itself makes no sense ({type(error).__name__})"
+        ) from error
     except Exception as error:
         text = getattr(error, "strerror", None) or str(error)
         text = " ".join(text.replace(str(path), Path(path).name).split())[:300]

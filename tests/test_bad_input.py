@@ -9,14 +9,22 @@ import struct
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
+import data_store  # of pydicom-data
 import numpy as np
 import pydicom
 import pytest
 from PIL import Image
 from pipeline import ROOT
 from pydicom.data import get_testdata_file
-from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLSLossless,
+    RLELossless,
+)
 from test_reading import BUNDLED, noise, ramp, write_dicom
 
 from checks import UsageError
@@ -76,6 +84,16 @@ def test_files_that_were_cut(share, panoramic, tmp_path):
     judge(tmp_path / "x.dcm")
 
 
+@pytest.mark.parametrize("coding", [JPEG2000Lossless, JPEGLSLossless, RLELossless], ids=lambda coding: coding.keyword)
+def test_compressed_pixels_that_no_decoder_makes_sense_of(coding, tmp_path):
+    """Found by benchmarks/fuzz.py: decoders told of their own insides."""
+    content = bytearray(write_dicom(tmp_path / "x.dcm", noise(12, channels=()) % 4096, coding, bits=12).read_bytes())
+    place = content.index(b"\xfe\xff\x00\xe0", content.index(b"\xe0\x7f\x10\x00") + 20) + 60
+    content[place : place + 400] = bytes(range(200)) * 2
+    (tmp_path / "x.dcm").write_bytes(content)
+    judge(tmp_path / "x.dcm")
+
+
 TAGS = {
     "Rows": (0, 1, 15, 39, 41, 60000, None),
     "Columns": (0, 1, 15, 49, 51, 60000, None),
@@ -114,8 +132,11 @@ def test_tags_that_say_something_odd(tag, value, panoramic, tmp_path):
 # ---------------------------------------------------------------- files of pydicom, pictures, names
 
 
-@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.name)
-def test_files_bundled_with_pydicom(path):
+MORE = sorted(path for path in Path(data_store.__file__).parent.rglob("*") if path.suffix not in (".py", ".pyc"))
+
+
+@pytest.mark.parametrize("path", [*BUNDLED, *filter(Path.is_file, MORE)], ids=lambda path: path.name)
+def test_files_of_pydicom(path):
     judge(path)
 
 

@@ -248,3 +248,23 @@ def test_an_unknown_view_is_refused_before_anything_is_computed():
     config = config_with("statistical", views=("residual", "gaze"))
     with pytest.raises(UsageError, match="gaze is unknown"):
         calibrate(None, images(), config)
+
+
+def test_an_image_unlike_all_normals_is_foreign_and_a_normal_is_not(tmp_path):
+    config = config_with("plain")
+    model = tiny_normalizer(config.inference)
+    known = calibrate(model, images(24), config)
+    known.save(tmp_path)
+    loaded = Calibration.load(tmp_path, "plain")
+    assert loaded.typical == known.typical
+    batch = np.stack([images(25)[24], np.zeros((64, 64), np.float32)])
+    seen = model.examine(torch.from_numpy(batch).unsqueeze(1))
+    assert loaded.foreign(seen, 3.0) == [False, True] and loaded.foreign(seen, 8.0) == [False, False]
+
+
+def test_few_normals_do_not_say_what_is_foreign():
+    config = config_with("plain")
+    model = tiny_normalizer(config.inference)
+    known = calibrate(model, images(19), config)
+    blank = torch.zeros(1, 1, 64, 64)
+    assert known.typical is None and known.foreign(model.examine(blank), 3.0) == [False]

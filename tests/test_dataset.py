@@ -26,7 +26,7 @@ BENCH = Path(__file__).parents[2] / "shared" / "data" / "ufba_bench"
 
 def stream(records, config=CONFIG, seed=0):
     """A dataset that reads each file anew."""
-    return RadiographDataset(records, config, seed, ["" for _ in records], None)
+    return RadiographDataset(records, config, seed, ["" for _ in records], [], None)
 
 
 @pytest.fixture

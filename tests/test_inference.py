@@ -25,7 +25,8 @@ from config import InferenceConfig
 from files import load_checkpoint, save_checkpoint, sha256
 from normalizer import Normalizer
 from phantoms import phantom
-from radiographs.reading import ImageReadError
+from radiographs.manifest import list_records
+from radiographs.reading import ImageReadError, read_radiograph
 from reporting.lookup import LOOKUP
 from results import UNFINISHED
 from runtime import shareable
@@ -65,7 +66,7 @@ def test_every_picture_of_phase_4_is_a_png(examined):
 
 def test_scores_have_one_row_per_test_image_in_the_order_of_the_input(examined):
     rows, listed = table(examined.phase4 / "scores.csv"), listed_test_rows(examined)
-    assert list(rows[0]) == ["index", "name", "score", "p_value", "flagged", "label", "kind"]
+    assert list(rows[0]) == ["index", "name", "score", "p_value", "flagged", "label", "kind", "remarks"]
     assert [(row["label"], row["kind"]) for row in rows] == [(row["label"], row["kind"]) for row in listed]
     assert [row["index"] for row in rows] == [f"{index:03d}" for index in range(9)]
     assert len({row["name"] for row in rows}) == 9
@@ -371,6 +372,17 @@ def test_a_folder_without_labels_is_examined_at_the_size_of_its_files(call, unla
     assert len(list(out.glob("result_*.png"))) == 2
     shown = (out / "scores.csv").read_text() + result.out
     assert not any(name in shown.replace(str(unlabelled), "") for name in ("Smith", "visit", "panoramic"))
+
+
+def test_a_copy_of_a_training_radiograph_is_remarked_on_whatever_its_format(call, examined, unlabelled, tmp_path):
+    source = next(record.path for record in list_records(examined.phantoms) if record.split == "train")
+    pixels = read_radiograph(source).pixels
+    picture = Image.fromarray(np.uint8(255 * (pixels - pixels.min()) / np.ptp(pixels)))
+    picture.resize((150, 75)).save(unlabelled / "panoramic" / "z.jpg", quality=60)
+    result = call("inference", "--data.test", unlabelled)
+    assert "1 of 3 images look like radiographs that trained or validated" in result.out
+    remarks = [row["remarks"] for row in table(tmp_path / "phase4_inference" / "scores.csv")]
+    assert ["looks like a radiograph that trained" in remark for remark in remarks] == [False, False, True]
 
 
 def test_nothing_of_an_earlier_examination_stays(call, examined, unlabelled, tmp_path):

@@ -41,6 +41,7 @@ LEAVES = {
     "runtime",
     "scratch",
     "thresholds",
+    "typical",
 }
 LEAVES |= {name for name in FILES if "." in name}  # a folder is a leaf with several doors
 LIGHT = {
@@ -54,6 +55,7 @@ LIGHT = {
     "metrics",
     "presets",
     "thresholds",
+    "typical",
 } | {name for name in FILES if "." in name}  # run without torch
 HEAVY = {"torch", "accelerate", "diffusers", "torchmetrics"}
 

@@ -77,3 +77,16 @@ def test_neither_names_nor_contents_can_be_read_off_it():
 
 def test_a_name_that_equals_a_content_is_not_taken_for_it():
     assert not Membership.of({"train": ["x"], "val": []}, {"train": [], "val": []}).trained(None, "x")
+
+
+def test_a_radiograph_that_looks_like_one_that_trained_is_known_also_from_a_checkpoint_and_not_from_older_ones():
+    random = np.random.default_rng(0)
+    prints = random.integers(0, 256, (5, 32), dtype=np.uint8)
+    known = Membership.of({"train": ["x"], "val": []}, {"train": ["d"], "val": []}, list(prints))
+    copy, other = prints[3].copy(), random.integers(0, 256, 32, dtype=np.uint8)
+    copy[:2] ^= 0b00000111  # six signs
+    stored = json.loads(json.dumps(known.plain()))
+    for each in (known, Membership.from_plain(stored)):
+        assert each.looks_known(copy) and not each.looks_known(other)
+    del stored["prints"]
+    assert not Membership.from_plain(stored).looks_known(copy)
