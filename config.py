@@ -124,7 +124,7 @@ class LatentConfig:
     vae_checkpoint: str = "./outputs/phase1_vae/checkpoint_best.pt"  # the VAE of phase 1
     batch_size: int = 16  # images encoded at once
     augmented_copies: int = 4  # augmented latents per training image beside the plain one; for below some 1,000 images
-    outlier_std: float = 8.0  # a latent this many robust deviations out is named as a likely bad file
+    outlier_std: float = 8.0  # a latent this many robust deviations out is named as a likely bad file, in phase 4 too
     output: str = "./outputs/phase2_latents"  # latents_{train,val}.npy and .pkl, latents.json
 
     def __post_init__(self):

@@ -1,6 +1,6 @@
 """Nonsense for the reader of radiographs, found by hypothesis: python benchmarks/fuzz.py --examples 20000
 
-Takes valid files (a DICOM panoramic in five codings, without preamble, with odd tags; PNG, JPEG, TIFF, BMP), spoils
+Takes valid files (a DICOM panoramic in six codings, without preamble, with odd tags; PNG, JPEG, TIFF, BMP), spoils
 each at random in up to four places (bytes changed, removed, repeated, set to extremes, taken from another file), and
 reads it in every way. Each must be read, or be refused with one short line that tells a user something, within
 --seconds-each; whatever else happens is made as small as it can be, printed, and the end with exit code 1. A finding
@@ -26,13 +26,21 @@ from hypothesis import strategies as some
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    RLELossless,
+)
 from test_bad_input import COUNTS, judge, picture
 from test_reading import noise, write_dicom
 
 from runtime import run_script
 
-CODINGS = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless, JPEGLSLossless, JPEG2000Lossless)
+UNCODED = (ImplicitVRLittleEndian, ExplicitVRLittleEndian)
+CODINGS = (*UNCODED, RLELossless, JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless)
 PICTURES = {"PNG": "L", "TIFF": "L", "BMP": "RGB", "JPEG": "RGB"}
 EXTREMES = b"\x00", b"\xff", b"\x7f\xff", b"\x80\x00", b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", b"1e308", b"nan", b"-1"
 HEADER = 1200  # most of what says what a file is lies in its first bytes

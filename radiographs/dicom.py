@@ -19,7 +19,12 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000TransferSyntaxes,
+    JPEGBaseline8Bit,
     JPEGExtended12Bit,
+    JPEGLossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    JPEGLSNearLossless,
     RLELossless,
 )
 
@@ -28,6 +33,13 @@ from radiographs.pixels import FIRST_FRAME_ONLY, MAX_PIXELS, check_size, luma
 PIXEL_TAGS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
 NEEDED = ("SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated")  # without them nobody knows what pixels mean
 LARGEST_INFLATED = 4 * MAX_PIXELS + 2**24  # bytes of a deflated file: 32 bits a pixel, and a long header
+
+LOSSLESS_JPEG = (JPEGLossless, JPEGLosslessSV1)
+DECODERS = {
+    **dict.fromkeys((JPEGBaseline8Bit, JPEGExtended12Bit), "pillow"),
+    **dict.fromkeys((JPEGLSLossless, JPEGLSNearLossless), "pyjpegls"),
+    **dict.fromkeys(JPEG2000TransferSyntaxes, "pylibjpeg"),
+}
 
 # Archives are full of values pydicom finds odd (an invalid VR, a long string) that never touch the pixels.
 warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
@@ -112,11 +124,25 @@ def _first_codestream(dataset: pydicom.Dataset, frames: int) -> bytes | None:
     return stream
 
 
-def _decode_12_bit_jpeg(stream: bytes) -> np.ndarray:
-    """What neither GDCM nor Pillow reads."""
+def _decode(dataset: pydicom.Dataset, stream: bytes | None) -> np.ndarray:
+    """The first frame, YBR turned into RGB.
+
+    Each coding has one decoder, that of its own library: GDCM, where it is installed, ends Python on broken streams.
+    """
+    coding = dataset.file_meta.TransferSyntaxUID
+    deep = coding == JPEGExtended12Bit and _bits_stored(dataset) > 8
+    if stream is None or not (deep or coding in LOSSLESS_JPEG):
+        return pixel_array(dataset, index=0, decoding_plugin=DECODERS.get(coding, ""))
     import imagecodecs  # here: it takes a while to load, and few files need it
 
-    return imagecodecs.jpeg8_decode(stream)
+    values = imagecodecs.jpeg8_decode(stream)
+    size = (int(dataset.Rows), int(dataset.Columns))
+    if values.shape[:2] != size:
+        raise ValueError(f"its pixels are {values.shape[0]} x {values.shape[1]}, its header says {size[0]} x {size[1]}")
+    if dataset.get("PixelRepresentation") != 1 or values.ndim == 3:
+        return values
+    bits = _bits_stored(dataset)  # of the value, whose sign some writers repeat up to the last bit of a word
+    return _as_signed(values.astype(np.int64) & (2**bits - 1), bits)
 
 
 def _size_in_jpeg2000(stream: bytes) -> tuple[int, int] | None:
@@ -178,13 +204,10 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray, str | None]:
         warnings.warn(FIRST_FRAME_ONLY.format(frames), stacklevel=2)
     stream = _first_codestream(dataset, frames)
     photometric = dataset.PhotometricInterpretation
-    deep = stream is not None and dataset.file_meta.TransferSyntaxUID == JPEGExtended12Bit and _bits_stored(dataset) > 8
     try:
-        decoded = (
-            _decode_12_bit_jpeg(stream) if deep else pixel_array(dataset, index=0)
-        )  # which turns YBR into RGB, too
-    except RuntimeError as error:  # of every decoder that was tried, in its own words
-        if "raised by all available plugins" not in str(error):
+        decoded = _decode(dataset, stream)
+    except RuntimeError as error:  # of a decoder, in its own words
+        if "dependencies" in str(error):  # it is not installed
             raise
         coding = dataset.file_meta.TransferSyntaxUID.name
         raise ValueError(f"no decoder makes sense of its pixels, which claim to be {coding}: damaged") from error
