@@ -26,7 +26,7 @@ class CalibrationConfig:
     corrupted: int = 160  # corrupted validation normals that the fusion of the views is fitted to
     pixels_inside: int = 300  # drawn from what changed in each corrupted image
     pixels_outside: int = 600  # drawn from the rest of it
-    pixels_normal: int = 2000  # drawn from each normal
+    pixels_normal: int = 2000  # drawn from each normal, and 100,000 from all of them at most
     smallest_corruption: float = 0.012  # radius of a corruption as a share of the height, log-uniform from here
     largest_corruption: float = 0.20  # up to here
     fewest_corruptions: int = 1  # in one image, at least

@@ -28,6 +28,7 @@ from radiographs.geometry import fit_detail, fit_mask
 from radiographs.likeness import fingerprint, twins
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from radiographs.reading import ImageReadError, read_mask, read_radiograph, rescale
+from results import refuse_to_write_among
 
 TWINS = "twins_local_only.csv"
 
@@ -39,6 +40,7 @@ class Sample(NamedTuple):
     mask: np.ndarray | None  # bool (k H, k W), True on a lesion
     original_shape: tuple[int, int]  # rows, columns of the file
     digest: str  # of the file's grey levels and padding, whatever its format and its name
+    fingerprint: np.ndarray  # uint8 (32,), what it looks like (radiographs.likeness) before it is fitted
 
 
 def read_sample(record: Record, config: DataConfig, times: int = 1, finest: tuple[int, int] | None = None) -> Sample:
@@ -65,7 +67,8 @@ def read_sample(record: Record, config: DataConfig, times: int = 1, finest: tupl
     if not radiograph.valid.all():
         content += np.packbits(radiograph.valid).tobytes()
     digest = hashlib.sha256(content).hexdigest()
-    return Sample(fit_detail(x, height, width, fit, times, finest), mask, shape, digest)
+    image = fit_detail(x, height, width, fit, times, finest)
+    return Sample(image, mask, shape, digest, fingerprint(x))
 
 
 def open_datasets(
@@ -91,7 +94,7 @@ def open_datasets(
                 errors.append(result)
                 continue
             digests[record.path] = result.digest
-            prints[record.path] = fingerprint(result.image)
+            prints[record.path] = result.fingerprint
             if fits:
                 samples[record.path] = result
     finally:
@@ -115,6 +118,7 @@ def open_normals(config: DataConfig, seed: int, report: Path, quiet: bool = Fals
     records = list_records(config.root, config.patient_from)
     if not quiet:
         print(describe_patients(records))
+    refuse_to_write_among(records, report.parent)
     splits = split_records(records, config)
     normals = {name: splits[name] for name in ("train", "val")}
     return open_datasets(normals, config, seed, report, quiet)
@@ -165,11 +169,17 @@ def report_twins(splits: dict[str, list[Record]], prints: dict[Path, np.ndarray]
     )
 
 
-def refuse_too_many_bad(bad: int, total: int, config: DataConfig, report: Path, emptied: bool = False) -> None:
-    """UsageError if more than config.max_bad_share of the files cannot be read, or if that `emptied` a split."""
+def refuse_too_many_bad(
+    bad: int, total: int, config: DataConfig, report: Path, emptied: bool = False, broken_off: bool = False
+) -> None:
+    """UsageError if more than config.max_bad_share of the files cannot be read, or if that `emptied` a split.
+
+    `broken_off` says that not all files were tried.
+    """
     if emptied or bad > config.max_bad_share * total:
         raise UsageError(
-            f"{bad} of {total} files cannot be read, see {report}: mend or remove them, or raise data.max_bad_share"
+            f"{'at least ' * broken_off}{bad} of {total} files cannot be read, see {report}: mend or remove them, or "
+            "raise data.max_bad_share"
         )
 
 
@@ -258,7 +268,7 @@ class RadiographDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         record = self.records[index]
-        sample = self._samples[record.path] if self._samples is not None else self._read_again(record)
+        sample = self._samples[record.path] if self._samples is not None else self._read_again(index)
         image, mask = sample.image, sample.mask
         has_mask = mask is not None
         mask = mask.astype(np.uint8) if has_mask else np.zeros(image.shape, np.uint8)
@@ -274,12 +284,15 @@ class RadiographDataset(Dataset):
             "original_width": sample.original_shape[1],
         }
 
-    def _read_again(self, record: Record) -> Sample:
-        """What could be read when the dataset was opened."""
+    def _read_again(self, index: int) -> Sample:
+        """What was read when the dataset was opened, and nothing else under its name."""
         try:
-            return read_sample(record, self.config)
+            sample = read_sample(self.records[index], self.config)
         except ImageReadError as error:
             raise UsageError(f"{error}, though it could be read at first: give the same command again") from error
+        if sample.digest != self.digests[index]:
+            raise UsageError(f"{self.records[index].path.name} changed while it was used: give the same command again")
+        return sample
 
     def _augment(
         self, image: np.ndarray, mask: np.ndarray, random: np.random.Generator

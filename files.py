@@ -110,10 +110,15 @@ def defused(cell: object) -> object:
 
 
 def remove_files(folder: Path | str, patterns: tuple[str, ...]) -> None:
-    """Remove what an earlier run left in a folder under names such as val_*.png; what carries another name stays."""
-    for pattern in patterns:
-        for path in Path(folder).glob(pattern):
-            path.unlink()
+    """Remove what an earlier run left in a folder under names such as val_*.png; what carries another name stays.
+
+    UsageError if there is something and nothing says that a run wrote it: runs leave their config.json first.
+    """
+    found = [path for pattern in patterns for path in Path(folder).glob(pattern)]
+    if found and not (Path(folder) / "config.json").is_file():
+        raise UsageError(f"{found[0]} was not written by this phase: move it away, or choose another --outputs")
+    for path in found:
+        path.unlink()
 
 
 def keep_newest(folder: Path | str, pattern: str, most: int) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from config import CalibrationConfig
 
-MOST_NORMAL_PIXELS = 100_000  # in all that the regression is fitted to: thousands of normals share them
+MOST_NORMAL_PIXELS = 100_000  # in all, that the regression is fitted to: thousands of normals share them
 
 
 def evidence(deviations: Tensor, largest: float) -> Tensor:

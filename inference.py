@@ -52,13 +52,12 @@ from interruption import Steps, remember
 from metrics import summarize
 from normalizer import Examined, Normalizer
 from radiographs.geometry import unfit_map
-from radiographs.likeness import fingerprint
 from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
 from reporting.figures import ColourScale, save_result
 from reporting.lookup import Pseudonyms
 from reporting.summary import metrics_table
-from results import Unfinished, finished_entries, identity_of, refuse_to_write_among
+from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
 from runtime import run_script, shareable
 from survey import magnification_of
 from thresholds import false_positive_interval
@@ -81,6 +80,7 @@ def main() -> None:
     records = records_to_examine(model, config)
     out = Path(settings.output)
     refuse_to_write_among(records, out)
+    refuse_to_replace(out)
     held = hold(out, "results")
     calibration = calibration_of(model, config)
 
@@ -103,7 +103,8 @@ def main() -> None:
     errors = [ImageReadError(records[entry["index"]].path, entry["error"]) for entry in entries if "error" in entry]
     rows = [entry["row"] for entry in entries if "row" in entry]
     report_skipped(errors, len(records), skipped)
-    refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=not rows)
+    broken_off = len(entries) < len(records)
+    refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=not rows, broken_off=broken_off)
     write_csv(unfinished.folder / "scores.csv", COLUMNS, rows)
     metrics = measure(records, unfinished, calibration)
     if metrics:
@@ -125,6 +126,8 @@ def examine(
     places = {record.path: index for index, record in enumerate(records)}
     drawn, times = figures_to_draw(records, settings.figures), magnification_of(config)
     threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
+    if not any(members.prints for members in model.members):
+        print("these checkpoints are of an earlier version: copies of radiographs that trained are not remarked on")
     if done:
         print(f"continuing after {done} of {len(records)} images (--runtime.resume False examines anew)")
     errors: list[ImageReadError] = []
@@ -148,7 +151,7 @@ def examine(
                 row = [f"{index:03d}", names.name(index, record.path), f"{score:.6f}", f"{p_value:.4f}"]
                 row += [int(score > threshold), "" if record.label is None else record.label, record.kind]
                 remarks = {"coarser": calibration.coarser(sample.original_shape, config), "foreign": foreign[position]}
-                remarks["known"] = model.looks_known(fingerprint(sample.image))
+                remarks["known"] = model.looks_known(sample.fingerprint)
                 row.append("; ".join(REMARKS[name] for name, holds in remarks.items() if holds))
                 entry = {"index": index, "row": row, "score": score, **remarks, "figure": figure}
                 unfinished.entries.append(entry)

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from checks import UsageError
-from files import unsealed, write_binary, write_sealed_json
+from files import sha256, unsealed, write_binary, write_sealed_json
 from radiographs.manifest import Record
 
 UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
@@ -19,9 +21,38 @@ KEPT = "kept"  # maps and masks that the metrics need, until there are metrics
 
 
 def refuse_to_write_among(records: list[Record], out: Path) -> None:
-    """UsageError if radiographs lie where results go: a new examination removes old results by their names."""
-    if any(out.resolve() in record.path.resolve().parents for record in records):
-        raise UsageError(f"{out} holds radiographs to examine: choose another --inference.output for the results")
+    """UsageError if radiographs or masks lie where results go: a new run removes old results by their names."""
+    here = Path(os.path.realpath(out))
+    files = (file for record in records for file in (record.path, record.mask) if file)
+    if any(here in Path(os.path.realpath(file)).parents for file in files):  # of a loop of links, too
+        raise UsageError(f"{out} holds radiographs or masks: choose another folder for the results")
+
+
+def refuse_to_replace(out: Path) -> None:
+    """UsageError if a folder has files under the names of results that no examination says it wrote."""
+    known = _files_in(out)
+    foreign = [path for path in _results_in(out) if known is not None and path not in known]
+    if foreign:
+        raise UsageError(
+            f"{out} holds {foreign[0]}, which no examination of this version wrote: move it away, or choose another "
+            "--inference.output"
+        )
+
+
+def _results_in(out: Path) -> list[str]:
+    """Files under the names of results."""
+    found = (path for pattern in RESULTS for path in out.glob(pattern))
+    return sorted(path.relative_to(out).as_posix() for path in found)
+
+
+def _files_in(out: Path) -> dict[str, int] | None:
+    """What the last examination wrote, by size; None where its note is damaged, and all results may be its own."""
+    if not (out / NOTE).is_file():
+        return {}
+    try:
+        return unsealed(json.loads((out / NOTE).read_text(encoding="utf-8")))["files"]
+    except (OSError, ValueError, AttributeError, KeyError):
+        return None
 
 
 def identity_of(records: list[Record], **shaping: object) -> str:
@@ -46,12 +77,17 @@ def _state_of(file: Path) -> tuple[int, int] | None:
 
 
 def finished_entries(out: Path, identity: str) -> list[dict] | None:
-    """The entries of just that examination, if the folder holds its results and none of them was removed since."""
+    """The entries of just that examination, if the folder holds its results, and none was removed or rotted since."""
     note = _note_of(out, identity)
-    if note is None:
+    if note is None or not all(_is_there(out / name, size) for name, size in note["files"].items()):
         return None
-    states = [(_state_of(out / name), size) for name, size in note["files"].items()]
-    return note["entries"] if all(state is not None and state[0] == size for state, size in states) else None
+    whole = all(sha256(out / name) == known for name, known in note["tables"].items())
+    return note["entries"] if whole else None
+
+
+def _is_there(path: Path, size: int) -> bool:
+    state = _state_of(path)
+    return state is not None and state[0] == size
 
 
 class Unfinished:
@@ -64,6 +100,9 @@ class Unfinished:
     def __init__(self, out: Path, identity: str, resume: bool):
         self.out, self.folder, self.identity = out, out / UNFINISHED, identity
         note = _note_of(self.folder, identity) if resume else None
+        if note and not all(self._is_kept(name, size, note["moved"]) for name, size in note["files"].items()):
+            print("something of the interrupted examination is gone: all images are examined anew")
+            note = None
         self.entries: list[dict] = note["entries"] if note else []
         self.done: int = note["done"] if note else 0  # of the records, the first so many
         if note is None:
@@ -71,7 +110,16 @@ class Unfinished:
             self.out.mkdir(parents=True, exist_ok=True)
             self.folder.mkdir(mode=0o700)  # what is said of a file that cannot be read may name it
         # what is in place, or will be, and its size
-        self.moved: dict[str, int] = note.get("moved", {}) if note else {}
+        self.moved: dict[str, int] = note["moved"] if note else {}
+
+    def _is_kept(self, name: str, size: int, moved: dict[str, int]) -> bool:
+        """Whether a file that was whole when the note was written still is, here or where it was moved to."""
+        return _is_there(self.folder / name, size) or (name in moved and _is_there(self.out / name, size))
+
+    def _sizes(self) -> dict[str, int]:
+        """Of every file but the note."""
+        found = (path for path in self.folder.rglob("*") if path.is_file() and path.name != NOTE)
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
 
     def keep(self, index: int, anomaly_map: np.ndarray, mask: np.ndarray | None) -> None:
         """The arrays of a labelled record."""
@@ -80,35 +128,41 @@ class Unfinished:
 
     def kept(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         """What `keep` was given."""
-        with np.load(self.folder / KEPT / f"{index}.npz", allow_pickle=False) as arrays:
-            return arrays["map"], arrays.get("mask")
+        path = self.folder / KEPT / f"{index}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return arrays["map"], arrays.get("mask")
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UsageError(f"{path} is damaged: give the command again with --runtime.resume False") from error
 
     def save(self, done: int) -> None:
         """Of the first `done` records everything is written: from here a killed examination goes on."""
         self.done = done
         note = {"identity": self.identity, "done": done, "entries": self.entries, "moved": self.moved}
-        write_sealed_json(self.folder / NOTE, note)
+        write_sealed_json(self.folder / NOTE, note | {"files": self._sizes() | self.moved})
 
     def publish(self) -> None:
         """Put the new results in place, file by file, then remove what an earlier examination left.
 
         One that is killed here goes on here: what is to be moved is noted before the first file is.
         """
-        mine = [path for path in self.folder.rglob("*") if path.is_file() and path.parent.name != KEPT]
-        mine = [path for path in mine if path.name != NOTE]
-        self.moved |= {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in mine}
+        mine = {name: size for name, size in self._sizes().items() if not name.startswith(f"{KEPT}/")}
+        self.moved |= mine
         self.save(self.done)
-        (self.out / NOTE).unlink(missing_ok=True)  # until all are in place, nothing says that they are
-        for path in sorted(mine):
-            place = self.out / path.relative_to(self.folder)
+        old = _files_in(self.out)
+        old = dict.fromkeys(_results_in(self.out), 0) if old is None else old
+        # until all are in place, nothing says that they are, and those that are to be removed are known
+        write_sealed_json(self.out / NOTE, {"identity": "", "files": old | self.moved, "tables": {}, "entries": []})
+        for name in sorted(mine):
+            place = self.out / name
             place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
-        for pattern in RESULTS:
-            for path in self.out.glob(pattern):
-                if path.relative_to(self.out).as_posix() not in self.moved:
-                    path.unlink()
+            os.replace(self.folder / name, place)
+        for name in set(old) - set(self.moved):
+            (self.out / name).unlink(missing_ok=True)
         entries = [entry if "error" not in entry else entry | {"error": ""} for entry in self.entries]  # may name one
-        write_sealed_json(self.out / NOTE, {"identity": self.identity, "files": self.moved, "entries": entries})
+        tables = {name: sha256(self.out / name) for name in self.moved if Path(name).suffix in (".csv", ".json")}
+        note = {"identity": self.identity, "files": self.moved, "tables": tables, "entries": entries}
+        write_sealed_json(self.out / NOTE, note)
         shutil.rmtree(self.folder)
 
 

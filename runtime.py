@@ -6,6 +6,7 @@ was interrupted before that step, so a resumed run needs no stored random state.
 
 import copy
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -27,6 +28,7 @@ from checks import UsageError
 from config import Config, RuntimeConfig
 from files import says_full
 
+UNWRITABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 PLACES_OF_PATIENTS = (("data", "root"), ("data", "test"))  # settings whose very names may be a patient's
 
 # ---------------------------------------------------------------- scripts
@@ -44,7 +46,8 @@ def run_script(main: Callable[[], None]) -> None:
         if says_full(error):
             words = "the disk is full or over its quota: make room where results go, and give the same command again"
             sys.exit(_one_line_error(words, code=2))
-        sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}", code=2))
+        remedy = ": choose a folder that can be written, or mend it" if error.errno in UNWRITABLE else ""
+        sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}{remedy}", code=2))
     except (MemoryError, RuntimeError) as error:
         words = _what_ran_out(error)
         if words is None:

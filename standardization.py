@@ -30,7 +30,7 @@ def pixel_statistics(
     """
     mean = blur_share(total / count, settings.alignment)
     variance = blur_share(squares / count, settings.alignment) - mean.square()
-    std = variance.clamp_min(0).sqrt()
+    mean, std = mean.float(), variance.clamp_min(0).sqrt().float()
     smallest = settings.smallest_spread * std.mean(dim=(2, 3), keepdim=True)
     return PixelStatistics(mean, std.clamp_min(smallest).clamp_min(1e-8))
 
@@ -53,7 +53,7 @@ class NormalViews:
         self.settings, self.blurs = settings, blurs
         self.total, self.squares = 0, 0
         for index in range(len(views)):
-            own = self.features(index)
+            own = self.features(index).double()  # thousands of squares, of which a small difference is taken
             self.total = self.total + own
             self.squares = self.squares + own.square()
 
@@ -67,7 +67,7 @@ class NormalViews:
 
     def statistics_without(self, index: int) -> PixelStatistics:
         """Of all normals but one."""
-        own = self.features(index)
+        own = self.features(index).double()
         return pixel_statistics(self.total - own, self.squares - own.square(), len(self.views) - 1, self.settings)
 
     def left_out(self, index: int) -> Tensor:

@@ -81,7 +81,8 @@ from runtime import (
 
 MADE_BY = "python train_flowdiff.py"
 ANEW = f"{MADE_BY} --runtime.resume False"
-FILES_OF_A_RUN = ("checkpoint_*.pt", "log.csv", "curves.png", "samples_[0-9]*.png", "normals_[0-9]*.png")
+SIX = 6 * "[0-9]"  # digits of a step
+FILES_OF_A_RUN = ("checkpoint_*.pt", "log.csv", "curves.png", f"samples_{SIX}.png", f"normals_{SIX}.png")
 SCHEDULE = ("total_steps", "phase1_steps", "identity_warmup_start", "identity_warmup_end", "lr", "lr_warmup_steps")
 ADJUSTABLE = tuple(f"flowdiff.{name}" for name in SCHEDULE)  # in a resumed run, with --runtime.resume-changed True
 GRID_IMAGES = 8

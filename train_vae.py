@@ -67,7 +67,8 @@ from runtime import (
 
 MADE_BY = "python train_vae.py"
 ANEW = f"{MADE_BY} --runtime.resume False"
-FILES_OF_A_RUN = ("checkpoint_*.pt", "log.csv", "curves.png", "val_[0-9]*.png")
+SIX = 6 * "[0-9]"  # digits of a step
+FILES_OF_A_RUN = ("checkpoint_*.pt", "log.csv", "curves.png", f"val_{SIX}.png")
 ADJUSTABLE = ("vae.steps", "vae.lr", "vae.lr_warmup_steps")  # in a resumed run, with --runtime.resume-changed True
 GRID_IMAGES = 8
 

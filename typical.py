@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+LEAST = 0.01  # spread of normals that is believed, a share of the channel's own
+
 
 def summary_of(latents: np.ndarray) -> np.ndarray:
     """Mean and spread of each channel of latents (N, C, h, w): (N, 2C)."""
@@ -22,7 +24,9 @@ class Typical:
         """From the summaries (N, 2C) of normals."""
         median = np.median(summaries, axis=0)
         deviation = np.median(np.abs(summaries - median), axis=0)
-        spread = 1.4826 * deviation + 1e-6  # 1.4826 MAD estimates a normal's standard deviation
+        spread = 1.4826 * deviation  # which estimates a normal's standard deviation
+        channels = np.tile(median[len(median) // 2 :], 2)  # the median spread of each channel
+        spread = np.maximum(spread, LEAST * channels) + 1e-6
         return cls(tuple(map(float, median)), tuple(map(float, spread)))
 
     def deviations(self, summaries: np.ndarray) -> np.ndarray:

@@ -4,7 +4,8 @@ Each trial starts a phase on a dozen phantoms in an empty folder, kills it witho
 often in the middle of a write (writes are slowed down for that), looks at what it left, and gives the same command
 again. Prints for each phase
 
-killed        how many trials; `in a write` those that were killed while a file was being written
+killed        how many trials; `in a write` those that were killed while a file was being written. One that ended before
+              it was killed is no trial: another moment is drawn
 resumed       the second run ended well; `went on` those that did not begin anew
 identical     weights, moving average, optimizer, best checkpoint and validation log are those of a run that nobody
               killed, to the last bit
@@ -95,6 +96,7 @@ def reference(processes, folder: Path) -> dict[str, float]:
         size = {"height": 64, "width": 128, "workers": 1}
         phantom.write_dataset(folder / "phantoms", train=12, val=4, test_normal=1, test_per_lesion=0, **size)
         seconds = {}
+        run(processes, "train_vae", ["--help"], folder / "reference.log")  # the first process waits for its parent
         for script in ("train_vae", "extract_latents", "train_flowdiff"):
             began = time.monotonic()
             code = run(processes, script, flags(script, folder / "reference", folder), folder / "reference.log")
@@ -111,14 +113,15 @@ def one_trial(processes, script: str, number: int, seconds: float, folder: Path)
     if kept.is_file():
         return json.loads(kept.read_text())
     here, random = folder / f"trial-{script}", np.random.default_rng(stream_seed(0, "faults", script, number))
-    shutil.rmtree(here, ignore_errors=True)
     words, log = flags(script, here, folder), folder / f"trial-{script}.log"
-    run(processes, script, words, log, kill_after=random.uniform(0.02, 1.0) * seconds)
+    code = None
+    while code != -signal.SIGKILL:
+        shutil.rmtree(here, ignore_errors=True)
+        code = run(processes, script, words, log, kill_after=random.uniform(0.02, 1.0) * seconds)
     mine = here / PHASES[script]
     found = {"in_a_write": any(mine.glob(".*.tmp")), "whole": is_whole(mine, script)}
-    checkpoint = mine / "checkpoint_last.pt"
-    found["went_on"] = checkpoint.is_file()
     found["resumed"] = run(processes, script, words, log) == 0
+    found["went_on"] = "continuing from step" in log.read_text()
     found["leftovers"] = len(list(mine.rglob("*.tmp")))
     found["identical"] = found["resumed"] and same(mine, folder / "reference" / PHASES[script], script)
     write_json(kept, found)

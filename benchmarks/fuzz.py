@@ -11,6 +11,7 @@ tries the same files.
 """
 
 import argparse
+import faulthandler
 import resource
 import signal
 import sys
@@ -108,10 +109,12 @@ def main() -> None:
             path = Path(folder) / ("x.dcm" if kind in {coding.name for coding in CODINGS} else "x")
             path.write_bytes(spoilt(known[kind], changes))
             signal.alarm(options.seconds_each)
+            faulthandler.dump_traceback_later(2 * options.seconds_each, exit=True)  # where no signal is heard
             try:
                 judge(path)
             finally:
                 signal.alarm(0)
+                faulthandler.cancel_dump_traceback_later()
 
         every_file_is_read_or_refused()
     memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
@@ -119,8 +122,12 @@ def main() -> None:
     print(f"{COUNTS}; {memory:.0f} MiB more than before, {minutes:.1f} minutes, numpy {np.__version__}")
 
 
+class Hangs(BaseException):
+    """No error of a file's: no reader turns it into a reason."""
+
+
 def _too_long(number: int, frame: object) -> None:
-    raise TimeoutError("a file hangs")
+    raise Hangs("a file hangs")
 
 
 if __name__ == "__main__":

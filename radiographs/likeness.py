@@ -39,8 +39,13 @@ def twins(prints: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def looks_like_one_of(one: np.ndarray, others: np.ndarray) -> bool:
-    """Whether the fingerprint (32,) is of a picture that one of the others (N, 32) is of, too."""
-    return bool(_tells(one[None])[0] and (_differences(one[None], others) <= MOST).any())
+    """Whether the fingerprint (32,) is of a picture that one of the others (N, 32) is of, too.
+
+    Mirrored or with black for white it still is.
+    """
+    mirrored = np.packbits(np.unpackbits(one).reshape(SIDE, SIDE)[:, ::-1])  # and its signs turn
+    variants = np.stack([one, ~one, mirrored, ~mirrored])
+    return bool(_tells(one[None])[0] and (_differences(variants, others) <= MOST).any())
 
 
 def _tells(prints: np.ndarray) -> np.ndarray:

@@ -3,7 +3,8 @@
 A patient is known by name and by content: the same radiograph under another name or in another file format is still
 recognised, and one that was compressed or exposed anew by its fingerprint (radiographs.likeness). The salt is stored
 beside the hashes: whoever holds a checkpoint can ask whether a patient they already know is in it, and cannot list
-those they do not know.
+those they do not know. Fingerprints bear no salt, since they are compared by how much they differ: the same radiograph
+can be recognised in two checkpoints.
 """
 
 import hashlib

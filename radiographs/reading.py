@@ -22,8 +22,9 @@ from radiographs.pictures import read_picture
 
 SUFFIXES = (".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 LOSSY_BLACK = 127  # a JPEG's black is never clean: its masks are white beyond this
+RESULTS = {"checkpoint_last.pt", "checkpoint_best.pt", "latents.json", "examination.json", "reader.pt"}  # of a phase
 LARGEST_FILE = 2**30  # bytes: a film of many frames, at most
-PUZZLED = (AttributeError, TypeError, LookupError, AssertionError, ArithmeticError, NotImplementedError)
+PUZZLED = (AttributeError, TypeError, LookupError, AssertionError, ArithmeticError)
 
 
 class ImageReadError(Exception):
@@ -100,22 +101,29 @@ def read_header(path: str | Path) -> Header:
 def find_radiographs(root: str | Path) -> list[Path]:
     """Every file below root that looks like a radiograph, sorted: by suffix, or without one by the DICOM marker.
 
-    Hidden files and folders are left alone, and so are linked folders, with a warning. UsageError if a folder cannot
-    be read: its patients would be missing without a word. It is not named: it may be a patient's.
+    Hidden files and folders are left alone, and so are, with a warning, linked folders and those that hold what the
+    four phases wrote. UsageError if a folder cannot be read: its patients would be missing without a word. It is not
+    named: it may be a patient's.
     """
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"a folder of radiographs cannot be read ({error.strerror}): see to its rights") from error
 
     found = []
-    linked = 0
+    linked = results = 0
     for folder, folders, names in os.walk(root, onerror=refuse):
+        if RESULTS.intersection(names):
+            results += 1
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
         linked += sum(Path(folder, name).is_symlink() for name in folders)
         visible = [Path(folder, name) for name in names if not name.startswith(".")]
         found += [path for path in visible if _is_radiograph(path)]
     if linked:
         warnings.warn(f"{linked} linked folders are passed over: list their files in a manifest.csv", stacklevel=2)
+    if results:
+        warnings.warn(f"{results} folders with results of the four phases are passed over", stacklevel=2)
     return sorted(found)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import os
 import secrets
 from pathlib import Path
 
@@ -27,7 +28,7 @@ class Pseudonyms:
 
     def name(self, index: int, source: Path) -> str:
         """The name of one file; remembers which file it stands for."""
-        digest = hashlib.sha256(f"{self.salt}{source.resolve()}".encode(errors="surrogateescape")).hexdigest()
+        digest = hashlib.sha256(f"{self.salt}{os.path.realpath(source)}".encode(errors="surrogateescape")).hexdigest()
         name = f"image-{digest[:10]}"
         self.rows.append([f"{index:03d}", name, str(source), self.salt])
         return name

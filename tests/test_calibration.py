@@ -43,8 +43,8 @@ def test_mean_and_spread_are_those_of_numpy_where_statistics_are_not_shared():
     alone = dataclasses.replace(SETTINGS, alignment=0.0, smallest_spread=0.0)
     sums = values.sum(0, keepdim=True), values.square().sum(0, keepdim=True)
     statistics = pixel_statistics(*sums, 50, alone)
-    np.testing.assert_allclose(statistics.mean[0], values.numpy().mean(0), atol=1e-12)
-    np.testing.assert_allclose(statistics.std[0], values.numpy().std(0), rtol=1e-9)
+    np.testing.assert_allclose(statistics.mean[0], values.numpy().mean(0), atol=1e-7)
+    np.testing.assert_allclose(statistics.std[0], values.numpy().std(0), rtol=1e-6)
 
 
 def test_neighbours_that_differ_in_mean_add_to_the_spread():
@@ -72,6 +72,13 @@ def test_each_normal_is_left_out_of_its_own_statistics():
     )
     torch.testing.assert_close(without.mean, others.mean)
     torch.testing.assert_close(without.std, others.std, rtol=1e-3, atol=1e-5)
+
+
+def test_the_spread_of_thousands_of_calm_values_far_from_zero_is_not_lost_in_rounding():
+    views = (10 + 0.05 * torch.randn(3000, 1, 2, 4, generator=torch.Generator().manual_seed(0))).half()
+    alone = dataclasses.replace(SETTINGS, alignment=0.0, smallest_spread=0.0)
+    statistics = NormalViews(views, alone, (0.0,)).statistics()
+    torch.testing.assert_close(statistics.std[0], views.double().std(0, correction=0).float(), rtol=1e-4, atol=0)
 
 
 # ---------------------------------------------------------------- thresholds and p-values

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import pickle
+import shutil
 import threading
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 import dataset as dataset_module
 from checks import UsageError
 from config import DataConfig
-from dataset import RadiographDataset, open_datasets, read_batches, report_skipped
+from dataset import RadiographDataset, attempt_sample, open_datasets, read_batches, read_sample, report_skipped
 from radiographs.manifest import list_records, split_records
 from radiographs.reading import ImageReadError
 
@@ -26,7 +27,9 @@ BENCH = Path(__file__).parents[2] / "shared" / "data" / "ufba_bench"
 
 def stream(records, config=CONFIG, seed=0):
     """A dataset that reads each file anew."""
-    return RadiographDataset(records, config, seed, ["" for _ in records], [], None)
+    found = [attempt_sample(record, config) for record in records]
+    digests = ["" if isinstance(each, ImageReadError) else each.digest for each in found]
+    return RadiographDataset(records, config, seed, digests, [], None)
 
 
 @pytest.fixture
@@ -127,12 +130,12 @@ def test_an_unreadable_mask_and_one_of_another_size_are_errors_of_their_image(tm
     write_images(tmp_path, 2)
     Image.new("L", (30, 30)).save(tmp_path / "m.png")
     rows = [{"image": f"00{i}.png", "mask": mask, "label": "1"} for i, mask in enumerate(("m.png", "absent.png"))]
-    dataset = stream(list_records(write_manifest(tmp_path, rows)))
+    records = list_records(write_manifest(tmp_path, rows))
     reasons = (r"000.png: its mask m.png has \(30, 30\) pixels", "001.png: its mask absent.png .*: No such file")
     for index, reason in enumerate(reasons):
         with pytest.raises(ImageReadError, match=reason) as caught:
-            dataset[index]
-        assert caught.value.path == dataset.records[index].path  # it is counted as an error of the image
+            read_sample(records[index], CONFIG)
+        assert caught.value.path == records[index].path  # it is counted as an error of the image
 
 
 @pytest.mark.parametrize("content", [b"<html>", None])
@@ -142,7 +145,16 @@ def test_streaming_raises_at_access(tmp_path, content):
     if content:
         (tmp_path / "000.png").write_bytes(content)
     dataset = stream(list_records(tmp_path))
-    with pytest.raises(ImageReadError, match="000.png: " + ("neither" if content else "no contrast")):
+    with pytest.raises(UsageError, match="000.png: " + ("neither" if content else "no contrast") + ".*at first"):
+        dataset[0]
+    assert dataset[1]["index"] == 1
+
+
+def test_a_file_that_was_replaced_while_it_is_used_is_refused(tmp_path):
+    write_images(tmp_path, 2)
+    dataset = stream(list_records(tmp_path))
+    shutil.copy(tmp_path / "001.png", tmp_path / "000.png")
+    with pytest.raises(UsageError, match="000.png changed while it was used"):
         dataset[0]
     assert dataset[1]["index"] == 1
 
@@ -179,7 +191,7 @@ def reads(monkeypatch):
         begun[record.path.name].set()
         if record.path.name == "005.png":
             raise MemoryError("not an ImageReadError")
-        return dataset_module.Sample(np.zeros((2, 2), np.float32), None, (2, 2), "")
+        return dataset_module.Sample(np.zeros((2, 2), np.float32), None, (2, 2), "", np.zeros(32, np.uint8))
 
     monkeypatch.setattr(dataset_module, "read_sample", read)
     return asked, begun

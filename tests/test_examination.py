@@ -29,7 +29,7 @@ from inference import figures_to_draw
 from radiographs.manifest import Record, list_records, split_records
 from reader_training import RECIPE
 from reporting.lookup import LOOKUP, Pseudonyms
-from results import Unfinished, finished_entries, identity_of, refuse_to_write_among
+from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
 
 
 def write_radiographs(folder, names, size=(24, 32)):
@@ -215,26 +215,94 @@ def listed(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_results_are_never_written_among_the_radiographs(study, tmp_path):
+def test_results_are_never_written_among_radiographs_or_masks(study, tmp_path):
     records = list_records(study, "auto")
-    for out in (study, study / "images"):
-        with pytest.raises(UsageError, match="holds radiographs to examine"):
-            refuse_to_write_among(records, out)
+    for out in (study, study / "images", tmp_path / "masks"):
+        masked = dataclasses.replace(records[0], mask=tmp_path / "masks" / "a.png")
+        with pytest.raises(UsageError, match="holds radiographs or masks"):
+            refuse_to_write_among([*records, masked], out)
     refuse_to_write_among(records, study / "results")
+    (study / "loop.png").symlink_to("loop.png")
+    refuse_to_write_among([dataclasses.replace(records[0], path=study / "loop.png")], study / "results")
+
+
+def results_of(folder, identity, **texts):
+    """What an examination wrote, by name with _ for a dot."""
+    fresh = Unfinished(folder, identity, resume=True)
+    for name, text in texts.items():
+        path = fresh.folder / name.replace("maps_", "maps/").replace("_png", ".png").replace("_csv", ".csv")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return fresh
 
 
 def test_earlier_results_stay_until_the_new_ones_are_complete(tmp_path):
-    for name in ("scores.csv", "result_000.png", "result_001.png", "maps/000.npy", "metrics.json", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("old")
-    fresh = Unfinished(tmp_path, "an identity", resume=True)
-    for name in ("scores.csv", "result_000.png"):
-        (fresh.folder / name).write_text("new")
+    results_of(tmp_path, "old", scores_csv="old", result_000_png="old", result_001_png="old", maps_x="old").publish()
+    (tmp_path / "result_notes.png").write_text("somebody else's")
+    fresh = results_of(tmp_path, "new", scores_csv="new", result_000_png="new")
     fresh.keep(0, np.zeros((4, 4)), None)
-    assert (tmp_path / "scores.csv").read_text() == "old" and (tmp_path / "metrics.json").exists()
+    assert (tmp_path / "scores.csv").read_text() == "old" and (tmp_path / "maps" / "x").exists()
     fresh.publish()
-    assert listed(tmp_path) == ["examination.json", "notes.txt", "result_000.png", "scores.csv"]
+    assert listed(tmp_path) == ["examination.json", "result_000.png", "result_notes.png", "scores.csv"]
     assert (tmp_path / "scores.csv").read_text() == (tmp_path / "result_000.png").read_text() == "new"
+
+
+def test_files_that_no_examination_wrote_are_refused(tmp_path):
+    results_of(tmp_path, "old", scores_csv="old").publish()
+    refuse_to_replace(tmp_path)
+    refuse_to_replace(tmp_path / "nowhere")
+    (tmp_path / "result_2019_jaw.png").write_text("a radiograph")
+    with pytest.raises(UsageError, match="holds result_2019_jaw.png, which no examination of this version wrote"):
+        refuse_to_replace(tmp_path)
+
+
+def test_a_killed_move_leaves_no_file_without_an_owner(tmp_path, monkeypatch):
+    results_of(tmp_path, "old", scores_csv="old", result_001_png="old").publish()
+    fresh, replace = results_of(tmp_path, "new", scores_csv="new", result_000_png="new"), os.replace
+
+    def killed(source, target):
+        if str(target).endswith("scores.csv"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fresh.publish()
+    monkeypatch.undo()
+    refuse_to_replace(tmp_path)
+    results_of(tmp_path, "a third", scores_csv="third").publish()
+    assert listed(tmp_path) == ["examination.json", "scores.csv"]
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied"])
+def test_an_interrupted_examination_that_lost_something_begins_anew(how, tmp_path):
+    killed = results_of(tmp_path, "an identity", result_000_png="drawn")
+    killed.entries.append({"index": 0})
+    killed.save(1)
+    assert Unfinished(tmp_path, "an identity", resume=True).done == 1
+    if how == "removed":
+        (killed.folder / "result_000.png").unlink()
+    else:
+        (killed.folder / "result_000.png").write_text("")
+    assert Unfinished(tmp_path, "an identity", resume=True).done == 0
+
+
+def test_a_kept_map_that_rotted_is_refused_with_the_remedy(tmp_path):
+    killed = Unfinished(tmp_path, "an identity", resume=True)
+    killed.keep(0, np.random.default_rng(0).normal(size=(8, 8)), None)
+    (path,) = killed.folder.glob("kept/*")
+    content = bytearray(path.read_bytes())
+    content[200:210] = b"XXXXXXXXXX"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="0.npz is damaged: give the command again with --runtime.resume False"):
+        killed.kept(0)
+
+
+def test_a_table_that_rotted_is_not_taken_for_finished(tmp_path):
+    results_of(tmp_path, "an identity", scores_csv="index,name").publish()
+    assert finished_entries(tmp_path, "an identity") == []
+    (tmp_path / "scores.csv").write_text("imdex,name")
+    assert finished_entries(tmp_path, "an identity") is None
 
 
 @pytest.mark.parametrize(("identity", "resume"), [("another", True), ("an identity", False)])

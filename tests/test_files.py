@@ -200,11 +200,18 @@ def test_weights_are_known_by_content_not_by_file():
 
 
 def test_only_the_files_of_a_run_are_removed(tmp_path):
-    for name in ("val_000500.png", "val_notes.png", "checkpoint_best.pt", "notes.txt"):
+    for name in ("val_000500.png", "val_notes.png", "checkpoint_best.pt", "notes.txt", "config.json"):
         (tmp_path / name).write_text("")
     remove_files(tmp_path, ("val_[0-9]*.png", "checkpoint_*.pt"))
-    assert {path.name for path in tmp_path.iterdir()} == {"val_notes.png", "notes.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"val_notes.png", "notes.txt", "config.json"}
     remove_files(tmp_path / "nowhere", ("*",))
+
+
+def test_files_that_no_run_wrote_are_refused_and_stay(tmp_path):
+    (tmp_path / "checkpoint_best.pt").write_text("of somebody else")
+    with pytest.raises(UsageError, match="checkpoint_best.pt was not written by this phase: move it away"):
+        remove_files(tmp_path, ("checkpoint_*.pt",))
+    assert (tmp_path / "checkpoint_best.pt").is_file()
 
 
 # ---------------------------------------------------------------- a run that goes on

@@ -10,9 +10,9 @@ from PIL import Image
 from pipeline import ROOT
 
 from config import DataConfig
-from dataset import TWINS, open_datasets
+from dataset import TWINS, open_datasets, read_sample
 from phantoms import phantom
-from radiographs.likeness import MOST, _differences, fingerprint, twins
+from radiographs.likeness import MOST, _differences, fingerprint, looks_like_one_of, twins
 from radiographs.manifest import list_records, split_records
 from radiographs.reading import read_radiograph, rescale
 
@@ -49,6 +49,22 @@ def test_a_copy_is_known_and_a_patient_is_not(how, patients):
     assert list(twins(np.concatenate([own, copies]))) == [(number, len(own) + number) for number in range(len(own))]
 
 
+@pytest.mark.parametrize("how", [lambda x: x[:, ::-1], lambda x: -x, lambda x: -x[:, ::-1]])
+def test_a_copy_that_was_mirrored_or_inverted_is_known_too(how, patients):
+    images = images_in(patients)
+    own = np.stack([fingerprint(image) for image in images])
+    assert looks_like_one_of(fingerprint(np.ascontiguousarray(how(images[3]))), own)
+    assert not looks_like_one_of(fingerprint(np.ascontiguousarray(how(images[3]))), np.delete(own, 3, axis=0))
+
+
+@pytest.mark.parametrize("fit", ["stretch", "pad"])
+def test_how_a_radiograph_is_fitted_does_not_change_what_it_looks_like(fit, patients):
+    config = DataConfig(height=64, width=256, fit=fit, percentile_low=0.5, percentile_high=99.5)
+    samples = [read_sample(record, config) for record in list_records(patients)]
+    own = np.stack([fingerprint(image) for image in images_in(patients)])
+    np.testing.assert_array_equal(np.stack([sample.fingerprint for sample in samples]), own)
+
+
 @pytest.mark.skipif(not BENCH.is_dir(), reason="the radiographs are not here")
 def test_real_patients_are_three_times_as_far_apart_as_copies_may_be():
     """238 panoramics of as many patients: the two most alike differ in more than 3 x 16 of 256 signs."""
@@ -56,6 +72,8 @@ def test_real_patients_are_three_times_as_far_apart_as_copies_may_be():
     prints = np.stack([fingerprint(read_radiograph(record.path).pixels) for record in records])
     apart = _differences(prints, prints)[~np.eye(len(prints), dtype=bool)]
     assert len(prints) == 238 and apart.min() > 3 * MOST and list(twins(prints)) == []
+    everyone = range(len(prints))  # nor is one the mirror image or the negative of another
+    assert not any(looks_like_one_of(prints[number], np.delete(prints, number, axis=0)) for number in everyone)
 
 
 @pytest.mark.parametrize("counted", ["by numpy", "by a table"])

@@ -547,3 +547,14 @@ def test_a_folder_that_cannot_be_read_is_an_error_not_a_gap(tmp_path, monkeypatc
     with pytest.raises(UsageError, match="Permission denied") as refused:
         find_radiographs(tmp_path)
     assert str(tmp_path) not in str(refused.value)
+
+
+def test_folders_with_results_of_a_phase_are_passed_over_and_told(tmp_path):
+    for name in ("a.png", "outputs/phase1_vae/val_000003.png", "outputs/phase4_inference/maps/x.png", "b/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(ramp()).save(tmp_path / name)
+    (tmp_path / "outputs/phase1_vae/checkpoint_last.pt").write_text("")
+    (tmp_path / "outputs/phase4_inference/examination.json").write_text("")
+    with pytest.warns(UserWarning, match="2 folders with results of the four phases are passed over"):
+        found = find_radiographs(tmp_path)
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a.png", "b/c.png"]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from checks import UsageError
 from scratch import array_at, nameless_array
 
 
@@ -15,5 +16,5 @@ def test_what_is_written_is_read_and_no_file_has_a_name(tmp_path):
 
 @pytest.mark.parametrize("make", [lambda folder, *of: array_at(folder / "a.npy", *of), nameless_array])
 def test_a_disk_without_room_is_an_error_before_anything_is_written(make, small_disk):
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UsageError, match=r"disk needs 1 MiB for a while and has 0: make room there"):
         make(small_disk, np.float32, (2**18,))
