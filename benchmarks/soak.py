@@ -3,13 +3,14 @@
 Phases 2 and 4 over 20,000 radiographs, drawn as they are read and stored nowhere, with tiny networks that are trained
 first; then the calibration of phase 4 over 200 and over 2,000 validation normals. Prints
 
-memory    MiB that the process holds itself, first and last; what it maps from files is the disk's
-files     that are open, first and last
-speed     images per second of the first and of the last thousand, once warm; `of a core`: per second of processor time,
-          which other jobs of the machine disturb less
+memory    MiB that the process and those that read for it hold themselves, first and last; what they map from files is
+          the disk's (Linux: resident less shared)
+files     that they have open, first and last
+speed     images per second of the first and of the last thousand, once warm; `of a core`: per second of the processor
+          time of all of them, which other jobs of the machine disturb less
 peak      most memory at any time, for the calibration
 
-Each part is kept in --folder once it is finished; a benchmark that was stopped goes on with the others. Writes
+Each part is kept in --folder, by commit, once it is finished; a benchmark that was stopped goes on with the others. Writes
 benchmarks/results/soak.json.
 """
 
@@ -28,6 +29,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from detection import commit
 from pipeline import ROOT, SETTINGS, shell
 
 import dataset
@@ -59,7 +61,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/soak.json")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    folder = options.folder.resolve()
+    if options.images < 2 * EVERY + WARM_UP:
+        raise UsageError(f"--images needs {2 * EVERY + WARM_UP} or more: a first and a last thousand, once warm")
+    folder = options.folder.resolve() / commit()
     os.chdir(ROOT)
     if options.part:
         name, images = options.part[0], int(options.part[1])
@@ -70,7 +74,7 @@ def main() -> None:
     wanted = [("phase 2", options.images), ("phase 4", options.images)]
     wanted += [("calibration", count) for count in CALIBRATIONS]
     found = {f"{name}, {images} images": part(name, images, folder) for name, images in wanted}
-    write_json(options.results, {"parts": found, "cores": os.cpu_count()})
+    write_json(options.results, {"parts": found, "cores": os.cpu_count(), "commit": folder.name})
     show(found)
 
 
@@ -78,7 +82,7 @@ def part(name: str, images: int, folder: Path) -> dict:
     """What a part measured, kept or new."""
     kept = kept_as(name, images, folder)
     if not kept.is_file():
-        command = ["benchmarks/soak.py", "--folder", folder, "--part", name, images]
+        command = ["benchmarks/soak.py", "--folder", folder.parent, "--part", name, images]
         result = shell(*map(str, command))
         if not kept.is_file():
             raise UsageError(f"{name} over {images} images failed:\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}")
@@ -161,22 +165,31 @@ class Watch:
         self.process, self.images, self.rows = psutil.Process(), 0, []
         self.began = None
 
+    def everyone(self) -> list[psutil.Process]:
+        """This process, and those that read for it."""
+        return [self.process, *self.process.children(recursive=True)]
+
     def memory(self) -> float:
-        """MiB that are the process's own."""
-        known = self.process.memory_info()
-        return (known.rss - known.shared) / 2**20
+        """MiB that are the processes' own."""
+        known = [process.memory_info() for process in self.everyone()]
+        return sum(each.rss - each.shared for each in known) / 2**20
+
+    def processor_time(self) -> float:
+        """Seconds that they computed."""
+        known = [process.cpu_times() for process in self.everyone()]
+        return sum(each.user + each.system for each in known)
 
     def count(self, images: int) -> None:
         """So many more went by."""
         self.images += images
-        now = self.images, time.perf_counter(), time.process_time()
+        now = self.images, time.perf_counter(), self.processor_time()
         if self.began is None and self.images >= WARM_UP:
             self.began = now
         elif self.began is not None and self.images - self.began[0] >= EVERY:
             done, seconds, cpu = (new - old for new, old in zip(now, self.began, strict=True))
             speeds = {"images_per_s": done / seconds, "images_per_cpu_s": done / cpu}
             self.rows.append({"images": self.images, "memory_mib": self.memory(), **speeds})
-            self.rows[-1]["files"] = self.process.num_fds()
+            self.rows[-1]["files"] = sum(process.num_fds() for process in self.everyone())
             self.began = now
 
     def counting(self, method):

@@ -34,7 +34,7 @@ from radiographs.reading import PUZZLED, ImageReadError, find_radiographs, read_
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 COUNTS = {"tried": 0, "read": 0, "refused with a reason": 0, "anything else": 0}
-VAGUE = ("error -", "errno", "traceback", "nonetype", "object has no attribute", "0x")
+VAGUE = ("error -", "errno", "traceback", "nonetype", "object has no attribute", " at 0x")
 
 
 def raised_here(error):
