@@ -10,8 +10,8 @@ speed     images per second of the first and of the last thousand, once warm; `o
           time of all of them, which other jobs of the machine disturb less
 peak      most memory at any time, for the calibration
 
-Each part is kept in --folder, by commit, once it is finished; a benchmark that was stopped goes on with the others. Writes
-benchmarks/results/soak.json.
+Each part is kept in --folder, by commit, once it is finished; a benchmark that was stopped goes on with the others.
+Writes benchmarks/results/soak.json.
 """
 
 import argparse
