@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from anomaly import blur_share, check_views, image_score, plain_map, stacked_views
 from checks import UsageError
@@ -28,6 +27,7 @@ from corruption import check_fills, corrupt
 from files import sha256, unsealed, write_binary, write_sealed_json
 from fusion import Fusion, PixelSample, ScoreFusion, left_out_scores
 from normalizer import Examined, Normalizer
+from progress import bar
 from reader import Reader
 from scratch import nameless_array
 from standardization import NormalViews, PixelStatistics, features
@@ -220,7 +220,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
     height, width = survey.shown.shape[2:]
     maps = nameless_array(config.inference.calibration, np.float32, (len(images), height, width))
     readings = []
-    for index in tqdm(range(len(images)), "maps of normals", unit="image"):
+    for index in bar(range(len(images)), desc="maps of normals", unit="image"):
         known = survey.shown[index : index + 1] if method == "plain" else normals.left_out(index)
         known = fusion.anomaly_map(known) if method == "statistical" else known
         final = blur_share(known, config.inference.smooth_share)
@@ -269,7 +269,7 @@ def _fuse(normals: NormalViews, model: Normalizer, images: np.ndarray, config: C
     for origin, views, changed in _corrupted(model, images, config):
         deviations = normals.statistics_without(origin).standardize(features(views, config.calibration.blurs))
         sample.add_corrupted(deviations, changed)
-    for index in tqdm(range(len(images)), "pixels of normals", unit="image"):
+    for index in bar(range(len(images)), desc="pixels of normals", unit="image"):
         sample.add_normal(normals.left_out(index))
     return sample.fit()
 
@@ -277,7 +277,7 @@ def _fuse(normals: NormalViews, model: Normalizer, images: np.ndarray, config: C
 def _corrupted(model: Normalizer, images: np.ndarray, config: Config) -> Iterator[tuple[int, Tensor, np.ndarray]]:
     """Corrupted copies of the normals: index of the normal, views (1, V, H, W), changed pixels, bool (H, W)."""
     settings = config.calibration
-    with tqdm(total=settings.corrupted, desc="corrupted normals", unit="image") as progress:
+    with bar(total=settings.corrupted, desc="corrupted normals", unit="image") as progress:
         for first in range(0, settings.corrupted, config.inference.batch_size):
             numbers = range(first, min(first + config.inference.batch_size, settings.corrupted))
             made = [_corrupt_one(images, number, config) for number in numbers]

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import progress
 from checks import UsageError
 from config import PREPROCESSING, SPLIT, Config, UNetConfig, rebuild_phase
 from presets import PRESETS, preset
 
-FIRST_FLAGS = ("--preset", "--outputs")
+FIRST_FLAGS = ("--preset", "--outputs", "--quiet")
 ONLY_THIS_TIME = (
     "runtime.resume",
     "runtime.resume_changed",
@@ -103,6 +104,7 @@ def parse_command(description: str, argv: list[str] | None = None) -> CommandLin
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", default="default")
     first.add_argument("--outputs")
+    first.add_argument("--quiet", action="store_true")
     try:
         chosen, rest = first.parse_known_args(words)
     except argparse.ArgumentError as error:
@@ -111,7 +113,8 @@ def parse_command(description: str, argv: list[str] | None = None) -> CommandLin
     text = (
         f"{description}\n\nBefore any other flag is read, --preset {{{','.join(PRESETS)}}} chooses the defaults "
         "shown below, and --outputs DIR puts everything the four phases write and hand on below DIR. Every default "
-        "is a line of config.py or presets.py."
+        "is a line of config.py or presets.py. --quiet leaves progress and chatter out: warnings and errors alone are "
+        "heard."
     )
 
     def parsed(flags: list[str]) -> Config:
@@ -125,6 +128,8 @@ def parse_command(description: str, argv: list[str] | None = None) -> CommandLin
         config = _quietly(parsed, rest)
     except SystemExit as error:
         raise UsageError(_why_refused(rest, parsed)) from error
+    if chosen.quiet:
+        progress.be_quiet()
     return CommandLine(config, tuple(words))
 
 

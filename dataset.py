@@ -19,11 +19,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from checks import UsageError
 from config import DataConfig
 from files import write_csv
+from progress import bar
 from radiographs.geometry import fit_detail, fit_mask
 from radiographs.likeness import fingerprint, twins
 from radiographs.manifest import Record, describe_patients, list_records, split_records
@@ -88,8 +88,8 @@ def open_datasets(
     pool = ThreadPoolExecutor(max(1, config.num_workers))
     try:
         attempts = pool.map(partial(attempt_sample, config=config), records)
-        bar = tqdm(attempts, "reading radiographs", len(records), disable=quiet)
-        for record, result in zip(records, bar, strict=True):
+        attempts = bar(attempts, desc="reading radiographs", total=len(records), unit="file", disable=quiet)
+        for record, result in zip(records, attempts, strict=True):
             if isinstance(result, ImageReadError):
                 errors.append(result)
                 continue

@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from checks import UsageError
 from command_line import parse_command
@@ -39,6 +38,7 @@ from holding import hold
 from interruption import Steps, ignore_signals, remember
 from latent_dataset import FORMAT, read_latents_json
 from model import RadiographVAE, rebuild_vae
+from progress import bar
 from radiographs.membership import Membership
 from runtime import plain, run_script, shareable, start, without
 from typical import Typical, summary_of
@@ -196,7 +196,7 @@ def encode_to_file(
     plain_keys = [key for key in keys if key[0] == 0]
     parts = [(dataset, plain_keys), (dataset.augmented(), keys[len(plain_keys) :])]
     steps, done = Steps(), array.rows
-    with torch.no_grad(), tqdm(total=len(keys), initial=done, desc=f"phase 2, {path.name}", unit="latent") as progress:
+    with torch.no_grad(), bar(total=len(keys), initial=done, desc=f"phase 2, {path.name}", unit="latent") as progress:
         for images, wanted in parts:
             left, done = wanted[done:], max(0, done - len(wanted))
             workers = config.data.num_workers if left else 0

@@ -38,7 +38,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from calibration import Calibration
 from command_line import parse_command
@@ -51,6 +50,7 @@ from image_ops import residual_components
 from interruption import Steps, remember
 from metrics import summarize
 from normalizer import Examined, Normalizer
+from progress import bar
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
@@ -134,7 +134,7 @@ def examine(
     finest = tuple(calibration.file_sizes[1])
     batches = read_batches(records[done:], config.data, settings.batch_size, errors, times, finest)
     steps, begun, next_save = Steps(), done, SAVE_EVERY
-    with tqdm(total=len(records), initial=done, desc="phase 4", unit="image") as progress:
+    with bar(total=len(records), initial=done, desc="phase 4", unit="image") as progress:
         for number, batch in enumerate(steps.of(batches), 1):
             unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
             errors.clear()

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from checks import UsageError
 from config import Config
@@ -26,6 +25,7 @@ from features import FeatureExtractor, with_backbone
 from files import load_checkpoint, save_checkpoint, write_json
 from interruption import Steps, remember
 from normalizer import Normalizer
+from progress import bar
 from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, mirrored, positions
 from reporting.figures import save_grid
 from runtime import learning_rate, set_learning_rate, stream_seed, training_precision
@@ -185,7 +185,7 @@ def make_pool(
     else:
         _remove_pool(folder)
         folder.mkdir(parents=True)
-    with tqdm(total=rows, initial=done, desc="reader: features", unit="image") as progress:
+    with bar(total=rows, initial=done, desc="reader: features", unit="image") as progress:
         steps = Steps()
         for first in steps.of(range(done, rows, size)):
             numbers = range(first, min(first + size, rows))
@@ -261,7 +261,7 @@ def fit_network(
     coarsest = min((part.shape[2:] for part in pool.features), key=lambda size: size[0])
     weight = torch.tensor(settings.positive_weight, device=device)
     running = None
-    with tqdm(total=settings.steps, initial=begun, desc="reader: training", unit="step") as progress:
+    with bar(total=settings.steps, initial=begun, desc="reader: training", unit="step") as progress:
         steps = Steps()
         for step in steps.of(range(begun, settings.steps)):
             set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, settings.steps))
@@ -286,7 +286,7 @@ def fit_network(
             if step % 50 == 0:
                 now = float(torch.stack(losses).mean())
                 running = now if running is None else 0.8 * running + 0.2 * now
-                progress.set_postfix(loss=f"{running:.4f}")
+                progress.set_postfix(loss=f"{running:.4f}", refresh=False)
             progress.update()
             if (step + 1) % settings.checkpoint_every == 0 or steps.asked:
                 state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}

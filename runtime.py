@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import interruption
 from checks import UsageError
 from config import Config, RuntimeConfig
 from files import says_full
+from progress import own_voice, say
 
 UNWRITABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 PLACES_OF_PATIENTS = (("data", "root"), ("data", "test"))  # settings whose very names may be a patient's
@@ -38,7 +38,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a phase; what the user can put right ends in one line on stderr and exit code 2, a signal in another."""
     interruption.running()
     try:
-        main()
+        with own_voice():
+            main()
     except UsageError as error:
         words = str(error).strip().rpartition(f"{UsageError.__module__}.{UsageError.__name__}: ")[2]  # of a data worker
         sys.exit(_one_line_error(words, code=2))
@@ -244,7 +245,7 @@ class StepGuard:
         self.skipped += 1
         self.in_a_row += 1
         if not self.quiet:
-            tqdm.write(f"step {step}: the gradient is not finite, the step is skipped ({self.skipped} so far)")
+            say(f"step {step}: the gradient is not finite, the step is skipped ({self.skipped} so far)")
         if self.in_a_row == self.limit:
             raise UsageError(f"no gradient was finite in the {self.limit} steps up to {step}: {self.remedy}")
         return False

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from anomaly import blur_share, plain_map, views_of
 from checks import UsageError
 from config import Config
 from image_ops import residual_components
 from normalizer import Examined, Normalizer
+from progress import bar
 from reader import Reader
 from scratch import nameless_array
 from typical import summary_of
@@ -40,7 +40,7 @@ def look_at(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
     magnification = magnification_of(config)
     shown, beside = _Rows(len(images), config), _Rows(len(images), config)
     names, numbers, latents = (), [], []
-    with tqdm(total=len(images), desc="validation normals", unit="image") as progress:
+    with bar(total=len(images), desc="validation normals", unit="image") as progress:
         for first in range(0, len(images), size):
             batch = torch.from_numpy(np.asarray(images[first : first + size])).unsqueeze(1)
             seen = model.examine(batch, magnification)

@@ -31,7 +31,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from checks import UsageError
 from command_line import CommandLine, parse_command
@@ -60,6 +59,7 @@ from holding import hold
 from interruption import Steps, continues, remember
 from latent_dataset import LatentDataset, read_latents_json
 from model import rebuild_vae
+from progress import bar, say
 from reporting.figures import save_curves, save_grid
 from run_log import Meter, RunLog, read_log
 from runtime import (
@@ -148,7 +148,7 @@ def main() -> None:
         write_json(out / "config.json", shareable(config))
 
     steps = Steps()
-    progress = tqdm(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)
+    progress = bar(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)
     meter = Meter()
     model.train()
     for z in steps.of(progress):
@@ -181,14 +181,14 @@ def main() -> None:
             now = {"lambda_id": lambda_id, "lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
             means = meter.flush() | now
             known = [name for name in ("diff", "flow", "id") if f"loss_{name}" in means]  # id from the warm-up on
-            progress.set_postfix({name: f"{means[f'loss_{name}']:.3f}" for name in known})
+            progress.set_postfix({name: f"{means[f'loss_{name}']:.3f}" for name in known}, refresh=False)
             log.write(step, {f"train/{name}": value for name, value in means.items()})
         if not main_process:
             continue  # and wait at the next gradient while the first validates
         if step % settings.validate_every == 0 or step == settings.identity_warmup_start or ends:
             scores = validate(ema.module, validation, decode, config, accelerator)
             log.write(step, {f"val/{name}": value for name, value in scores.items()})
-            tqdm.write(f"step {step}: {_shown(scores)}")
+            say(f"step {step}: {_shown(scores)}")
             if competes(step, settings) and scores["objective"] < best:
                 best, best_step = scores["objective"], step
                 keep("checkpoint_best.pt", scores)

@@ -26,7 +26,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from checks import UsageError
 from command_line import CommandLine, parse_command
@@ -45,6 +44,7 @@ from files import (
 from holding import hold
 from interruption import Steps, continues, remember
 from model import RadiographVAE, pretrained_vae, psnr, ssim, vae_loss
+from progress import bar, say
 from radiographs.membership import Membership
 from reporting.figures import save_curves, save_grid
 from run_log import Meter, RunLog, read_log
@@ -134,7 +134,7 @@ def main() -> None:
             best = validated(best)
 
     steps = Steps()
-    progress = tqdm(loader, desc="phase 1", initial=step, total=total, disable=not main_process)
+    progress = bar(loader, desc="phase 1", initial=step, total=total, disable=not main_process)
     meter = Meter()
     model.train()
     for batch in steps.of(progress):
@@ -155,7 +155,7 @@ def main() -> None:
         ends, stopping = step == total, all_stop(steps, accelerator)
         if step % settings.log_every == 0 or ends:
             means = meter.flush() | {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
-            progress.set_postfix(loss=f"{means.get('loss', nan):.4f}")
+            progress.set_postfix(loss=f"{means.get('loss', nan):.4f}", refresh=False)
             log.write(step, {f"train/{name}": value for name, value in means.items()})
         if not main_process:
             continue  # and wait at the next gradient while the first validates
@@ -251,7 +251,7 @@ def validate(
     draw_grid(Path(config.vae.output) / f"val_{step:06d}.png", originals[:GRID_IMAGES], copies[:GRID_IMAGES])
     scores = meter.flush()
     loss, quality = f"{scores['loss']:.4f}", f"PSNR {scores['psnr']:.2f} dB, SSIM {scores['ssim']:.4f}"
-    tqdm.write(f"step {step}: validation loss {loss}, {quality}")
+    say(f"step {step}: validation loss {loss}, {quality}")
     return scores
 
 

@@ -25,7 +25,6 @@ from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 from checks import UsageError
 from files import write_csv
@@ -34,6 +33,7 @@ from phantoms.canvas import DETECTOR_HEIGHT, Canvas
 from phantoms.detector import develop, draw_grain, expose
 from phantoms.lesions import DRAW, LESIONS, Case
 from phantoms.patient import sample_patient
+from progress import bar
 
 MASK_THRESHOLD = 0.02
 # DICOM attributes of type 2: they must be there, and may be empty.
@@ -170,7 +170,7 @@ def write_dataset(
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),)) as pool:
         mapped = map(work, plan) if processes == 1 else pool.map(work, plan, chunksize=4)
-        rows = list(tqdm(mapped, total=len(plan), desc="phantoms", unit="image"))
+        rows = list(bar(mapped, total=len(plan), desc="phantoms", unit="image"))
     write_csv(manifest, ["image", "split", "label", "kind", "mask", "patient"], rows)
     return manifest
 

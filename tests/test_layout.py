@@ -36,6 +36,7 @@ LEAVES = {
     "interruption",
     "metrics",
     "presets",
+    "progress",
     "results",
     "run_log",
     "runtime",
@@ -54,6 +55,7 @@ LIGHT = {
     "interruption",
     "metrics",
     "presets",
+    "progress",
     "thresholds",
     "typical",
 } | {name for name in FILES if "." in name}  # run without torch
@@ -207,4 +209,4 @@ def test_a_folder_imports_leaves_and_itself(folder):
     """What radiographs need of reporting, or phantoms of the pipeline, would make one room of two."""
     inside = {name for name in FILES if name.split(".")[0] == folder}
     reached = set().union(*map(imports, inside)) & set(FILES)
-    assert reached <= inside | {"checks", "config", "files"}
+    assert reached <= inside | {"checks", "config", "files", "progress"}
