@@ -12,7 +12,7 @@ for folder in sorted(FOLDERS):
     inside = sorted((ROOT / folder.replace(".", "/")).glob("*.py"))
     PATHS |= {f"{folder}.{path.stem}": path for path in inside}
 FILES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
-SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference"}
+SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference", "export"}
 PARTS = {
     "anomaly",
     "calibration",
@@ -23,7 +23,17 @@ PARTS = {
     "fusion",
     "latent_dataset",
 }
-PARTS |= {"examination", "features", "model", "normalizer", "reader", "reader_training", "standardization", "survey"}
+PARTS |= {
+    "examination",
+    "exported",
+    "features",
+    "model",
+    "normalizer",
+    "reader",
+    "reader_training",
+    "standardization",
+    "survey",
+}
 LEAVES = {
     "backbone",
     "checks",
