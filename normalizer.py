@@ -116,7 +116,7 @@ class Normalizer:
         self.artefact: dict = {}  # preprocessing, split and UNet, as the checkpoint says
         self.identity: dict[str, str] = {}  # SHA-256 of both checkpoints
         self.members: list[Membership] = []
-        self.judge: "Callable[[str | Path], Judged] | None" = None  # where it comes with what normals say
+        self.judge: Callable[[str | Path], Judged] | None = None  # where it comes with what normals say
 
     @classmethod
     def load(

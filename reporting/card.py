@@ -68,12 +68,12 @@ radiograph differs from the normals that trained. Not for diagnosis, triage, or 
 {limits}
 """
 LIMITS = (
-    "What it calls normal is what its training set held: another clinic's devices, ages and restorations may be flagged "
-    "for that alone. Thresholds and p-values hold for radiographs like the validation normals; calibrate on normals of "
-    "your own before you trust a rate.",
+    "What it calls normal is what its training set held: another clinic's devices, ages and restorations may be "
+    "flagged for that alone. Thresholds and p-values hold for radiographs like the validation normals; calibrate "
+    "on normals of your own before you trust a rate.",
     "At a false-positive rate of {fpr:.0%} about that share of normals is flagged, or somewhat more: the same normals "
     "chose the checkpoints.",
-    "Small lesions (early caries) lie below what the image size can show; metal is found more readily than soft changes.",
+    "Small lesions (early caries) lie below what the image size shows; metal is found more readily than soft changes.",
     "A radiograph that is not flagged is not thereby healthy.",
     "{members}",
 )
