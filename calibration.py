@@ -107,8 +107,8 @@ class Calibration:
             raw = self.fusion.anomaly_map(self.statistics.standardize(features(views, config.calibration.blurs)))
         return blur_share(raw, config.inference.smooth_share)
 
-    def save(self, folder: str | Path) -> None:
-        """METHOD.npz with the arrays, then METHOD.json with the rest and the hash of the arrays."""
+    def parts(self) -> tuple[dict, dict[str, np.ndarray]]:
+        """All of it but the reader, for `of_parts`: plain values, and arrays by name."""
         arrays = {"scores": self.scores}
         if self.statistics is not None:
             arrays |= {"mean": self.statistics.mean.cpu().numpy(), "std": self.statistics.std.cpu().numpy()}
@@ -117,15 +117,20 @@ class Calibration:
             arrays |= {"beside_std": self.beside_statistics.std.cpu().numpy()}
         if self.fusion is not None:
             arrays |= {"weights": self.fusion.weights.cpu().numpy(), "bias": np.float64(self.fusion.bias)}
+        named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error", "file_sizes")
+        content = {name: getattr(self, name) for name in named}
+        content |= {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}
+        content["typical"] = asdict(self.typical) if self.typical else None
+        content["score_fusion"] = asdict(self.score_fusion) if self.score_fusion else None
+        return content, arrays
+
+    def save(self, folder: str | Path) -> None:
+        """METHOD.npz with the arrays, then METHOD.json with the rest and the hash of the arrays."""
+        content, arrays = self.parts()
         path, description = _paths(folder, self.method)
         description.unlink(missing_ok=True)  # removed first, written last: nobody takes new arrays for the old ones
         write_binary(path, lambda file: np.savez(file, **arrays))
-        named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error", "file_sizes")
-        content = {name: getattr(self, name) for name in named}
-        views = {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}
-        views["typical"] = asdict(self.typical) if self.typical else None
-        views["score_fusion"] = asdict(self.score_fusion) if self.score_fusion else None
-        write_sealed_json(description, {"format": FORMAT, **content, **views, "arrays_sha256": sha256(path)})
+        write_sealed_json(description, {"format": FORMAT, **content, "arrays_sha256": sha256(path)})
 
     @classmethod
     def load(cls, folder: str | Path, method: str, reader: Reader | None = None) -> "Calibration | None":
@@ -143,7 +148,7 @@ class Calibration:
             content = unsealed(stored)
             del content["format"]
             whole = content.pop("arrays_sha256") == sha256(path)
-            known = cls._of(content, dict(np.load(path, allow_pickle=False)), reader) if whole else None
+            known = cls.of_parts(content, dict(np.load(path, allow_pickle=False)), reader) if whole else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"{description} is damaged ({error}): remove {description.name} and {path.name} to make them anew"
@@ -153,7 +158,9 @@ class Calibration:
         return known
 
     @classmethod
-    def _of(cls, content: dict, arrays: dict[str, np.ndarray], reader: Reader | None) -> "Calibration":
+    def of_parts(cls, content: dict, arrays: dict[str, np.ndarray], reader: Reader | None) -> "Calibration":
+        """From what `parts` gave; KeyError or TypeError if it is of another version."""
+        content = dict(content)
         parts = ("largest", "view_names", "score_fusion", "typical")
         largest, names, scores, typical = (content.pop(name) for name in parts)
         statistics = beside_statistics = fusion = None

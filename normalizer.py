@@ -5,14 +5,19 @@ normal version.
     x = G.read("radiograph.dcm")            # (1, 1, H, W) in [-1, 1], prepared as in training
     normal = G(x)                           # the same shape; what it changed is the anomaly
 
-`examine` says more: G's one-step estimates at several noise levels and what the networks felt on the way, which
-`anomaly.py` and `reader.py` look at; nothing is decoded before somebody asks for it. Images are (B, 1, H, W).
+or from one folder that export.py wrote (exported.py), where `examine` takes a file, too, and gives map and score:
+
+    result = Normalizer.load("exported").examine("radiograph.dcm")
+
+`examine` of a batch says more: G's one-step estimates at several noise levels and what the networks felt on the way,
+which `anomaly.py` and `reader.py` look at; nothing is decoded before somebody asks for it. Images are (B, 1, H, W).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -30,6 +35,9 @@ from radiographs.geometry import fit_image
 from radiographs.membership import Membership
 from radiographs.reading import ImageReadError, read_radiograph, rescale
 from runtime import generator
+
+if TYPE_CHECKING:
+    from exported import Judged
 
 
 @dataclass(frozen=True)
@@ -108,20 +116,25 @@ class Normalizer:
         self.artefact: dict = {}  # preprocessing, split and UNet, as the checkpoint says
         self.identity: dict[str, str] = {}  # SHA-256 of both checkpoints
         self.members: list[Membership] = []
+        self.judge: Callable[[str | Path], Judged] | None = None  # where it comes with what normals say
 
     @classmethod
     def load(
         cls,
-        vae_checkpoint: str | Path,
-        flow_checkpoint: str | Path,
-        settings: InferenceConfig = InferenceConfig(),  # noqa: B008 (frozen)
-        seed: int = 0,
+        source: str | Path,
+        flow_checkpoint: str | Path | None = None,
+        settings: InferenceConfig | None = None,
+        seed: int | None = None,
         device: torch.device | str = "cpu",
     ) -> "Normalizer":
-        """From two files; UsageError if one is missing or damaged, or if the flow belongs to another VAE.
+        """From a folder that export.py wrote, or from the checkpoints of phases 1 (source) and 3.
 
-        settings says how far out G walks and how back; seed fixes its noise.
+        settings says how far out G walks and how back, seed fixes its noise; an exported folder has its own. UsageError
+        if a file is missing or damaged, or if the flow belongs to another VAE.
         """
+        if flow_checkpoint is None:
+            return _exported(source, settings, seed, device)
+        vae_checkpoint, settings, seed = source, settings or InferenceConfig(), seed or 0
         vae_content = load_checkpoint(vae_checkpoint, "vae", "python train_vae.py")
         flow_content = load_checkpoint(flow_checkpoint, "flowdiff", "python train_flowdiff.py")
         identity = {"vae_sha256": sha256(vae_checkpoint), "flow_sha256": sha256(flow_checkpoint)}
@@ -176,9 +189,25 @@ class Normalizer:
         """G(x), clipped to [-1, 1], shape of x."""
         return self.decode(self.normal_latent(self.encode(x.to(self.device))))
 
-    def examine(self, detail: Tensor, magnification: int = 1) -> Examined:
-        """Everything about a batch (B, 1, k H, k W) in [-1, 1], k the magnification; it is made when asked for."""
-        return Examined(self, detail, magnification)
+    @overload
+    def examine(self, detail: Tensor, magnification: int = 1) -> Examined: ...
+
+    @overload
+    def examine(self, detail: str | Path) -> "Judged": ...
+
+    def examine(self, detail: Tensor | str | Path, magnification: int = 1) -> "Examined | Judged":
+        """Everything about a batch (B, 1, k H, k W) in [-1, 1], k the magnification; it is made when asked for.
+
+        Of a file, its map, score and p-value as phase 4 has them, which only an exported folder knows: UsageError
+        without.
+        """
+        if isinstance(detail, Tensor):
+            return Examined(self, detail, magnification)
+        if self.judge is None:
+            raise UsageError(
+                "checkpoints alone know no thresholds: load a folder that python export.py wrote, or examine a batch"
+            )
+        return self.judge(detail)
 
     def encode(self, x: Tensor) -> Tensor:
         """The standardized latent of x, (B, C, h, w)."""
@@ -223,3 +252,13 @@ class Normalizer:
         keys = [(self.seed, "inference", draw) for draw in range(self.settings.draws)]
         noises = (torch.randn(z.shape[1:], generator=generator(*key)) for key in keys)
         return [noise.to(z.device).expand_as(z) for noise in noises]
+
+
+def _exported(
+    folder: str | Path, settings: InferenceConfig | None, seed: int | None, device: torch.device | str
+) -> Normalizer:
+    from exported import load  # here, since what is exported is made of this
+
+    if settings is not None or seed is not None:
+        raise UsageError("an exported folder has its own settings and seed: leave them out, or export it with others")
+    return load(folder, device)

@@ -190,11 +190,15 @@ class Reader:
         ]
         return [{name: value.cpu() for name, value in parts.items()} for parts in named]
 
-    def save(self, path: Path) -> None:
-        """One file, which `load` reads without unpickling anything."""
+    def content(self) -> dict:
+        """All of it as plain values and tensors on the CPU, for `rebuild`."""
         weights = {name: weight.cpu() for name, weight in self.network.state_dict().items()}
         learnt = {"statistics": self._arrays(), "weights": weights}
-        save_checkpoint(path, "reader", {"belongs_to": self.belongs_to, "settings": asdict(self.settings), **learnt})
+        return {"belongs_to": self.belongs_to, "settings": asdict(self.settings), **learnt}
+
+    def save(self, path: Path) -> None:
+        """One file, which `load` reads without unpickling anything."""
+        save_checkpoint(path, "reader", self.content())
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "Reader":

@@ -60,11 +60,13 @@ def namespace(folder, printed):
 def sources(script, made):
     """The flags that make a phase read what `made` left."""
     vae, flow = made.phase1 / "checkpoint_best.pt", made.phase3 / "checkpoint_best.pt"
+    both = ["--inference.vae-checkpoint", vae, "--inference.flow-checkpoint", flow]
     return {
         "train_vae": [],
         "extract_latents": ["--latent.vae-checkpoint", vae],
         "train_flowdiff": ["--flowdiff.vae-checkpoint", vae, "--flowdiff.latents", made.phase2],
-        "inference": ["--inference.vae-checkpoint", vae, "--inference.flow-checkpoint", flow],
+        "inference": both,
+        "export": both,
     }[script]
 
 
