@@ -13,7 +13,8 @@ from files import unsealed, write_binary, write_sealed_json
 from radiographs.manifest import Record
 
 UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
-RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv")
+PATIENTS = "dicom_local_only"  # DICOM objects, which name the patient: its owner's alone to enter
+RESULTS = ("result_*.png", "maps/*.npy", f"{PATIENTS}/*.dcm", "metrics.json", "scores.csv")
 NOTE = "examination.json"  # of what, and how far; stays with the results
 KEPT = "kept"  # maps and masks that the metrics need, until there are metrics
 
@@ -102,6 +103,8 @@ class Unfinished:
         for path in sorted(mine):
             place = self.out / path.relative_to(self.folder)
             place.parent.mkdir(parents=True, exist_ok=True)
+            if path.parent.name == PATIENTS:
+                place.parent.chmod(0o700)  # before anything is in it, and where somebody else made it, too
             os.replace(path, place)
         for pattern in RESULTS:
             for path in self.out.glob(pattern):

@@ -13,6 +13,7 @@ FILES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference"}
 PARTS = {
     "anomaly",
+    "archive",
     "calibration",
     "dataset",
     "flowdiff_batch",
