@@ -11,13 +11,15 @@ fractional  Segmentation of eight bits: fraction = 1 / (1 + exp(-(map - threshol
 
 All have the rows and columns of the original, the capture with its strip below them, and pixel (r, c) is pixel (r, c).
 
-What a panoramic lacks. A projection has no plane in the patient, so no position or orientation is claimed, and none is
-copied from a file that has some: highdicom asks for them only where a source has a position, and the standard only
-where no Derivation Image says which image a frame was made from; ours say so, with its spatial locations preserved. The
-UID of a frame of reference is copied where there is one. PixelSpacing is copied where the source has it, since the grid
-is the same; ImagerPixelSpacing is a distance on the detector, which a panoramic magnifies differently everywhere, and
-becomes no distance in the patient. PatientOrientation and Laterality are copied, or empty: unknown. A segment is coded
-as an image region and nothing more: what differs from normals may be a filling as well as a lesion.
+What a panoramic lacks. A projection has no plane in the patient, so no frame of reference, position or orientation is
+claimed, and none is copied from a file that has some (the standard would then ask for a slice's thickness, which a
+projection has not): highdicom asks for them only where a source has a frame of reference and a position in it, and the
+standard only where no Derivation Image says which image a frame was made from; ours say so, with its spatial locations
+preserved. PixelSpacing is copied into the capture where the source has it, since the grid is the same; a segment says
+none, for there a reader, highdicom's among them, wants the thickness of a slice beside it, and takes that of the
+source, pixel by pixel. ImagerPixelSpacing is a distance on the detector, which a panoramic magnifies differently
+everywhere, and becomes no distance in the patient. PatientOrientation and laterality are copied, or empty: unknown. A
+segment is coded as an image region and nothing more: what differs from normals may be a filling as well as a lesion.
 
 Patient and study modules are copied as they are, in the character set of the source: keep these files as the original.
 UIDs follow from the source, the checkpoints, the settings and the pixels of the object (2.25., ISO/IEC 9834-8), so the
@@ -59,7 +61,7 @@ TYPE_2 = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDa
 TYPE_2 += ("AccessionNumber", "ReferringPhysicianName")  # they must be there, and may be empty
 LOSSY = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)
 OUTLINE, WEAK, STRONG = (0, 229, 255), (255, 221, 0), (255, 60, 0)  # RGB: cyan, and from yellow to red
-FAINTEST, DENSEST = 0.15, 0.40  # opacity of the tint: teeth show through
+FAINTEST, DENSEST = 0.15, 0.35  # opacity of the tint: teeth show through
 SMALLEST_LETTER = 11  # pixels; smaller ones cannot be read
 
 
@@ -202,7 +204,8 @@ def _capture(source: Dataset, picture: NDArray, algorithm: Algorithm) -> Dataset
     made.ReferencedSeriesSequence = [series]
     parameters = ",".join(f"{name}={value}" for name, value in algorithm.parameters.items())
     made.DerivationDescription = f"{NOTE}. {MAKER} {VERSION}: {parameters}"[:1024]
-    made.Laterality = source.get("Laterality") or ""
+    side = "ImageLaterality" if source.get("ImageLaterality") else "Laterality"
+    setattr(made, side, source.get(side) or "")
     # BurnedInAnnotation asks whether the patient can be identified: the note does not, the source's pixels may
     for name in ("BurnedInAnnotation", "PixelSpacingCalibrationType", "PixelSpacingCalibrationDescription"):
         if source.get(name) and (name == "BurnedInAnnotation" or "PixelSpacing" in made):
@@ -247,9 +250,9 @@ def _segmentation(source: Dataset, pixels: NDArray, kind: str, algorithm: Algori
     for item in (*made.DimensionOrganizationSequence, *made.DimensionIndexSequence):
         item.DimensionOrganizationUID = organization
     (frame,) = made.PerFrameFunctionalGroupsSequence
-    for item in (*made.SourceImageSequence, *frame.DerivationImageSequence[0].SourceImageSequence):
+    for item in frame.DerivationImageSequence[0].SourceImageSequence:
         item.update(_reference(source))
-    for item in made.ReferencedSeriesSequence[0].ReferencedInstanceSequence:
+    for item in (*made.SourceImageSequence, *made.ReferencedSeriesSequence[0].ReferencedInstanceSequence):
         item.update(_reference(source, with_frame=False))
     return made
 
@@ -267,10 +270,6 @@ def _stand_in(source: Dataset) -> Dataset:
     stand_in.SOPClassUID = DigitalXRayImageStorageForPresentation
     stand_in.Modality = "PX"
     stand_in.Rows, stand_in.Columns = source.Rows, source.Columns
-    if UID(str(source.get("FrameOfReferenceUID") or "")).is_valid:
-        stand_in.FrameOfReferenceUID = source.FrameOfReferenceUID
-    if _spacing(source):
-        stand_in.PixelSpacing = list(_spacing(source))
     for name, value in _lossy(source).items():
         setattr(stand_in, name, value)
     return stand_in
