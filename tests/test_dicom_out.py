@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
@@ -30,6 +31,7 @@ from pydicom.uid import (
     SecondaryCaptureImageStorage,
 )
 
+import interruption
 from archive import CHANGED, NO_DICOM, Archive, report_objects
 from checks import UsageError
 from config import MAKER, VERSION, Config
@@ -41,6 +43,7 @@ from results import PATIENTS
 
 SHAPE = (64, 128)
 READER = Algorithm("reader", 3.0, 5.0, {"vae_sha256": "a" * 64, "flow_sha256": "b" * 64})
+QUIET = ["--inference.figures", 0, "--inference.save-maps", False]
 NOON = datetime(2026, 1, 2, 12, 0, 0)
 KINDS = {"capture", "binary", "fractional"}
 
@@ -294,11 +297,13 @@ def test_another_source_checkpoint_threshold_or_map_is_another_object(tmp_path):
 
 def recoded(path, syntax):
     dataset = pydicom.dcmread(path)
-    dataset.compress(syntax) if syntax.is_encapsulated else None
-    dataset.file_meta.TransferSyntaxUID = syntax
+    if syntax.is_encapsulated:
+        dataset.compress(syntax)
     if syntax == ExplicitVRBigEndian:
         dataset.PixelData = dataset.pixel_array.astype(">u2").tobytes()
-    dataset.save_as(path, little_endian=syntax != ExplicitVRBigEndian, implicit_vr=syntax == ImplicitVRLittleEndian)
+    dataset.file_meta.TransferSyntaxUID = syntax
+    order = {"little_endian": syntax.is_little_endian, "implicit_vr": syntax.is_implicit_VR}
+    pydicom.dcmwrite(path, dataset, **order, force_encoding=True)
 
 
 @pytest.mark.parametrize(
@@ -416,24 +421,54 @@ def clinic(made, tmp_path):
     return folder
 
 
+def uids_in(folder):
+    return {path.name: pydicom.dcmread(path).SOPInstanceUID for path in folder.glob("*.dcm")}
+
+
 def test_phase_4_writes_them_for_their_owner_alone_and_clears_them_away(call, examined, clinic, tmp_path):
-    known = ["--inference.calibration", examined.out / "calibration", "--data.test", clinic, "--inference.figures", 0]
+    known = ["--inference.calibration", examined.out / "calibration", "--data.test", clinic, *QUIET]
     folder = tmp_path / "phase4_inference" / PATIENTS
     folder.mkdir(parents=True, mode=0o755)
-    first = call("inference", *known, "--inference.dicom", True)
-    assert first.code == 0 and "1 of 3 files have no DICOM objects: no DICOM" in first.out, first.error
-    assert {path.name for path in folder.iterdir()} == {f"{i}_{kind}.dcm" for i in ("001", "002") for kind in KINDS}
+    result = call("inference", *known, "--inference.dicom", True)
+    assert result.code == 0 and "1 of 3 files have no DICOM objects: no DICOM" in result.out, result.error
+    assert set(uids_in(folder)) == {f"{number}_{kind}.dcm" for number in ("001", "002") for kind in KINDS}
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    before = {path.name: pydicom.dcmread(path).SOPInstanceUID for path in folder.iterdir()}
-    again = call("inference", *known, "--inference.dicom", True)
-    assert "already" in again.out and "1 of 3 files have no DICOM objects" in again.out
-    assert call("inference", *known, "--inference.dicom", True, "--runtime.resume", False).code == 0
-    assert {path.name: pydicom.dcmread(path).SOPInstanceUID for path in folder.iterdir()} == before
-    shown = np.load(tmp_path / "phase4_inference" / "maps" / "001.npy")
-    threshold = json.loads((examined.out / "calibration" / "statistical.json").read_text())["pixel_threshold"]
-    np.testing.assert_array_equal(pydicom.dcmread(folder / "001_binary.dcm").pixel_array, shown > threshold)
     assert call("inference", *known).code == 0 and not list(folder.iterdir())
+
+
+def test_a_repeated_and_a_resumed_run_have_the_objects_of_one_that_was_not(
+    call, examined, clinic, tmp_path, monkeypatch
+):
+    known = ["--inference.calibration", examined.out / "calibration", "--data.test", clinic, *QUIET]
+    known += ["--inference.dicom", True, "--inference.batch-size", 1]
+    folder, write, seen = tmp_path / "phase4_inference" / PATIENTS, Archive.write, []
+
+    def write_and_be_told(*given):
+        seen.append(given)
+        if len(seen) == 2:
+            interruption._on_signal(signal.SIGTERM, None)
+        return write(*given)
+
+    assert call("inference", *known).code == 0
+    first = uids_in(folder)
+    assert "1 of 3 files have no DICOM objects" in call("inference", *known).out and len(first) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(Archive, "write", write_and_be_told)
+        assert call("inference", *known, "--runtime.resume", False).code == 143
+    resumed = call("inference", *known)
+    assert "continuing after 2 of 3" in resumed.out and "1 of 3 files have no DICOM objects" in resumed.out
+    assert uids_in(folder) == first
+
+
+def test_the_binary_segment_is_the_map_of_phase_4_above_its_threshold(call, examined, clinic, tmp_path):
+    known = ["--inference.calibration", examined.out / "calibration", "--data.test", clinic, "--inference.dicom", True]
+    assert call("inference", *known, "--inference.figures", 0).code == 0
+    threshold = json.loads((examined.out / "calibration" / "statistical.json").read_text())["pixel_threshold"]
+    out = tmp_path / "phase4_inference"
+    for number in ("001", "002"):
+        above = np.load(out / "maps" / f"{number}.npy") > threshold
+        np.testing.assert_array_equal(pydicom.dcmread(out / PATIENTS / f"{number}_binary.dcm").pixel_array, above)
 
 
 def test_only_these_files_name_the_patient(call, examined, clinic, tmp_path):
