@@ -442,7 +442,7 @@ def test_a_repeated_and_a_resumed_run_have_the_objects_of_one_that_was_not(
 ):
     known = ["--inference.calibration", examined.out / "calibration", "--data.test", clinic, *QUIET]
     known += ["--inference.dicom", True, "--inference.batch-size", 1]
-    folder, write, seen = tmp_path / "phase4_inference" / PATIENTS, Archive.write, []
+    write, seen, stopped = Archive.write, [], tmp_path / "stopped"
 
     def write_and_be_told(*given):
         seen.append(given)
@@ -451,14 +451,16 @@ def test_a_repeated_and_a_resumed_run_have_the_objects_of_one_that_was_not(
         return write(*given)
 
     assert call("inference", *known).code == 0
-    first = uids_in(folder)
+    first = uids_in(tmp_path / "phase4_inference" / PATIENTS)
     assert "1 of 3 files have no DICOM objects" in call("inference", *known).out and len(first) == 6
+    assert call("inference", *known, "--runtime.resume", False).code == 0
+    assert uids_in(tmp_path / "phase4_inference" / PATIENTS) == first
     with monkeypatch.context() as patch:
         patch.setattr(Archive, "write", write_and_be_told)
-        assert call("inference", *known, "--runtime.resume", False).code == 143
-    resumed = call("inference", *known)
+        assert call("inference", *known, outputs=stopped).code == 143
+    resumed = call("inference", *known, outputs=stopped)
     assert "continuing after 2 of 3" in resumed.out and "1 of 3 files have no DICOM objects" in resumed.out
-    assert uids_in(folder) == first
+    assert uids_in(stopped / "phase4_inference" / PATIENTS) == first
 
 
 def test_the_binary_segment_is_the_map_of_phase_4_above_its_threshold(call, examined, clinic, tmp_path):
