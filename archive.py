@@ -69,12 +69,15 @@ class Archive:
             return f"without {missing}"
         full = unfit_map(anomaly_map, original_shape, data.fit, magnification_of(self.config))
         try:
-            made = self.make.make_objects(source, grey, full, self.algorithm, datetime.now())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they quote what a header holds
+                made = self.make.make_objects(source, grey, full, self.algorithm, datetime.now())
+                files = {f"{index:03d}_{name}.dcm": self.make.encoded(each) for name, each in made.items()}
         except (ValueError, *PUZZLED) as error:
             return f"{ODD} ({type(error).__name__})"
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        for name, each in made.items():
-            self.make.save(self.folder / f"{index:03d}_{name}.dcm", each)
+        for name, content in files.items():
+            self.make.save(self.folder / name, content)
         return ""
 
 

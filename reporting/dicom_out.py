@@ -16,8 +16,8 @@ claimed, and none is copied from a file that has some (the standard would then a
 projection has not): highdicom asks for them only where a source has a frame of reference and a position in it, and the
 standard only where no Derivation Image says which image a frame was made from; ours say so, with its spatial locations
 preserved. PixelSpacing is copied into the capture where the source has it, since the grid is the same; a segment says
-none, for there a reader, highdicom's among them, wants the thickness of a slice beside it, and takes that of the
-source, pixel by pixel. ImagerPixelSpacing is a distance on the detector, which a panoramic magnifies differently
+none, since readers, highdicom's among them, refuse a spacing without the thickness of a slice, and it lies on the
+source's pixels anyway. ImagerPixelSpacing is a distance on the detector, which a panoramic magnifies differently
 everywhere, and becomes no distance in the patient. PatientOrientation and laterality are copied, or empty: unknown. A
 segment is coded as an image region and nothing more: what differs from normals may be a filling as well as a lesion.
 
@@ -28,6 +28,7 @@ same examination gives the same objects, at another time of creation, and an arc
 
 import copy
 import hashlib
+import io
 import json
 import uuid
 from dataclasses import dataclass
@@ -99,19 +100,20 @@ def fraction_of(anomaly_map: NDArray, algorithm: Algorithm) -> NDArray:
 
 def captured(grey: NDArray, anomaly_map: NDArray, algorithm: Algorithm) -> NDArray:
     """The picture of a Secondary Capture: grey (H, W) in [-1, 1] under its map -> uint8 (H + strip, W, 3)."""
-    picture = np.repeat((np.clip(grey, -1, 1)[..., None] + 1) * 127.5, 3, axis=2)
+    levels = np.round((np.clip(grey, -1, 1) + 1) * 127.5).astype(np.uint8)
+    picture = np.repeat(levels[..., None], 3, axis=2)
     above = np.asarray(anomaly_map, np.float64) > algorithm.threshold
     room = max(algorithm.scale_end - algorithm.threshold, 1e-9)
-    share = np.clip((anomaly_map - algorithm.threshold) / room, 0, 1)[..., None]
+    share = np.clip((anomaly_map[above] - algorithm.threshold) / room, 0, 1)[:, None]
     colour = (1 - share) * np.array(WEAK) + share * np.array(STRONG)
-    opacity = np.where(above[..., None], FAINTEST + (DENSEST - FAINTEST) * share, 0)
-    picture = (1 - opacity) * picture + opacity * colour
+    opacity = FAINTEST + (DENSEST - FAINTEST) * share
+    picture[above] = np.round((1 - opacity) * picture[above] + opacity * colour)
     thick = max(1, round(min(above.shape) / 500))
     grown = cv2.dilate(above.astype(np.uint8), np.ones((2 * thick + 1, 2 * thick + 1), np.uint8))
     picture[(grown > 0) & ~above] = OUTLINE
     legend = f"{LABEL}: outlined where the map ({algorithm.method}) exceeds {algorithm.threshold:.3g}"
     strip = _strip((NOTE, f"{legend}, yellow to red up to {algorithm.scale_end:.3g}"), above.shape[1])
-    return np.concatenate([np.round(picture).astype(np.uint8), strip])
+    return np.concatenate([picture, strip])
 
 
 def _strip(sentences: tuple[str, ...], width: int) -> NDArray:
@@ -158,9 +160,16 @@ def make_objects(
     return made
 
 
-def save(path: str | Path, made: Dataset) -> None:
-    """Write an object whole or not at all, for its owner alone to read: it names the patient."""
-    write_atomically(path, lambda beside: made.save_as(beside, enforce_file_format=True), private=True)
+def encoded(made: Dataset) -> bytes:
+    """The file of an object; ValueError, TypeError or a LookupError if what was copied into it cannot be written."""
+    file = io.BytesIO()
+    made.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+def save(path: str | Path, content: bytes) -> None:
+    """Write the file of an object whole or not at all, for its owner alone to read: it names the patient."""
+    write_atomically(path, lambda beside: beside.write_bytes(content), private=True)
 
 
 def _uid(kind: str, source: Dataset, algorithm: Algorithm, pixels: NDArray | None = None) -> UID:
@@ -218,6 +227,7 @@ def _capture(source: Dataset, picture: NDArray, algorithm: Algorithm) -> Dataset
 def _segmentation(source: Dataset, pixels: NDArray, kind: str, algorithm: Algorithm) -> Dataset:
     number, description = SERIES["segmentation"]
     fractional = kind == "FRACTIONAL"
+    stored = np.around(pixels * 255).astype(np.uint8) if fractional else pixels  # as highdicom rounds them
     family = codes.DCM.ArtificialIntelligence
     identification = highdicom.AlgorithmIdentificationSequence(
         MAKER, family, VERSION, source=NOTE, parameters=algorithm.parameters
@@ -234,7 +244,7 @@ def _segmentation(source: Dataset, pixels: NDArray, kind: str, algorithm: Algori
         series_instance_uid=_uid("segmentation series", source, algorithm),
         series_number=number,
         series_description=description,
-        sop_instance_uid=_uid(kind, source, algorithm, pixels),
+        sop_instance_uid=_uid(kind, source, algorithm, stored),
         instance_number=2 if fractional else 1,
         device_serial_number=MAKER,
         fractional_type="PROBABILITY",

@@ -33,12 +33,13 @@ from pydicom.uid import (
 
 import interruption
 from archive import CHANGED, NO_DICOM, Archive, report_objects
+from archive import ODD as ODD_HEADER
 from checks import UsageError
 from config import MAKER, VERSION, Config
 from phantoms.phantom import draw_phantom, write_dicom
 from radiographs.manifest import list_records
 from radiographs.reading import read_radiograph, rescale
-from reporting.dicom_out import NOTE, TYPE_2, Algorithm, captured, fraction_of, make_objects, save
+from reporting.dicom_out import NOTE, TYPE_2, Algorithm, captured, encoded, fraction_of, make_objects, save
 from results import PATIENTS
 
 SHAPE = (64, 128)
@@ -79,7 +80,7 @@ def objects_of(path, anomaly_map=None, algorithm=READER, made_at=NOON):
 
 def saved(made, folder):
     for name, each in made.items():
-        save(folder / f"{name}.dcm", each)
+        save(folder / f"{name}.dcm", encoded(each))
     return {name: pydicom.dcmread(folder / f"{name}.dcm") for name in made}
 
 
@@ -384,11 +385,20 @@ def test_an_examination_without_them_says_nothing_of_them(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_header_that_makes_no_sense_is_a_reason_and_no_crash(tmp_path):
-    source = pydicom.dcmread(a_file(tmp_path), stop_before_pixels=True)
-    source.Rows = 63
-    with pytest.raises(ValueError, match="a header of"):
-        make_objects(source, np.zeros(SHAPE), a_map(), READER, NOON)
+def test_a_number_that_is_none_is_copied_as_it_is(tmp_path):
+    path = a_file(tmp_path)
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PatientWeight", "LO", "heavy")
+    dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+    pydicom.dcmwrite(path, dataset, implicit_vr=True, little_endian=True, force_encoding=True)
+    why, made = written(path, tmp_path)
+    assert why == "" and {each.PatientWeight for each in made.values()} == {"heavy"}
+
+
+def test_a_header_that_fits_no_map_is_a_reason_and_no_crash(tmp_path):
+    record = SimpleNamespace(path=a_file(tmp_path))
+    assert archive(tmp_path).write(7, record, a_map(), (63, 128)) == f"{ODD_HEADER} (ValueError)"
+    assert not (tmp_path / PATIENTS).exists()
 
 
 def test_without_highdicom_the_error_names_the_remedy(tmp_path, monkeypatch):
