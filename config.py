@@ -16,6 +16,8 @@ from checks import require, require_between, require_positive, require_ranges
 from config_reading import CalibrationConfig, ReaderConfig
 
 LARGEST_SIDE = 8192  # pixels of the model's input; beyond any detector and any memory
+VERSION = "0.1.0"  # of this code, as pyproject.toml has it
+MAKER = "dental-normalizer"  # how DICOM objects of ours say who made them, and are known again
 VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
 PREPROCESSING = ("height", "width", "fit", "percentile_low", "percentile_high")  # of DataConfig: how a file becomes x
 WHEREABOUTS = ("root", "test", "num_workers", "cache_gb", "max_bad_share")  # of DataConfig: shapes no image
@@ -239,6 +241,8 @@ class InferenceConfig:
     batch_size: int = 8  # images at once
     figures: int = -1  # result_XXX.png for this many images, spread evenly over the kinds; -1 draws all, 0 none
     save_maps: bool = True  # anomaly maps as .npy at the size of the original image
+    # Secondary Capture and Segmentations of every DICOM input, for an archive; they name the patient, as the input does
+    dicom: bool = False
     vae_checkpoint: str = "./outputs/phase1_vae/checkpoint_best.pt"  # the VAE of phase 1
     flow_checkpoint: str = "./outputs/phase3_flowdiff/checkpoint_best.pt"  # the normalizer of phase 3
     calibration: str = "./outputs/calibration"  # what normals say: made once per pair of checkpoints, then read

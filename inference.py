@@ -6,7 +6,8 @@ Reads   radiographs (data.test, or the test split of data.root) and the checkpoi
 Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image,
         metrics.json where labels exist, examination.json, which tells the next run what is there, and readable by their
         owner alone lookup_local_only.csv, which says which source each index is, and skipped_local_only.csv with the
-        names of files that could not be read
+        names of files that could not be read; with --inference.dicom True dicom_local_only/, which names patients:
+        DICOM objects of every DICOM input, for an archive
 
         outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
         every later examination
@@ -39,6 +40,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from archive import Archive, report_objects
 from calibration import Calibration
 from command_line import parse_command
 from config import Config
@@ -130,6 +132,7 @@ def examine(
         print("these checkpoints are of an earlier version: copies of radiographs that trained are not remarked on")
     if done:
         print(f"continuing after {done} of {len(records)} images (--runtime.resume False examines anew)")
+    objects = Archive(fresh, calibration, config) if settings.dicom else None
     errors: list[ImageReadError] = []
     finest = tuple(calibration.file_sizes[1])
     batches = read_batches(records[done:], config.data, settings.batch_size, errors, times, finest)
@@ -159,6 +162,8 @@ def examine(
                     unfinished.keep(index, anomaly_map, sample.mask)
                 if settings.save_maps:
                     save_map(fresh / "maps" / f"{index:03d}.npy", anomaly_map, sample, config)
+                if objects:
+                    entry["objects"] = objects.write(index, record, anomaly_map, sample.original_shape)
                 if figure:
                     title = f"{title_of(index, score, p_value, threshold, record)}  |  method {settings.method}"
                     draw(fresh / figure, seen, position, anomaly_map, title, scale, sample.mask)
@@ -189,7 +194,7 @@ def shaping_results(calibration: Calibration, config: Config) -> dict:
     """Everything beside the files that results follow from."""
     names = ("belongs_to", "pixel_threshold", "scale", "file_sizes")
     known = {name: getattr(calibration, name) for name in names} | {"scores": calibration.scores.tolist()}
-    asked = ("figures", "save_maps", "image_fpr", "examine_training_patients", "batch_size")
+    asked = ("figures", "save_maps", "dicom", "image_fpr", "examine_training_patients", "batch_size")
     settings = {name: getattr(config.inference, name) for name in asked} | {"outlier_std": config.latent.outlier_std}
     made_by = {"recipe": RECIPE, "torch": torch.__version__}
     return {"calibration": known, "settings": settings, "preprocessing": config.data.preprocessing, **made_by}
@@ -299,6 +304,7 @@ def report(entries: list[dict], calibration: Calibration, metrics: dict | None, 
         f"validation normals: |x - G(x)| {identity:.4f}, |x - dec(enc(x))| {vae:.4f} (x{identity / max(vae, 1e-9):.2f})"
     )
     print(f"\n{metrics_table(metrics)}\n" if metrics else "no metrics: they need images labelled 0 and 1 in a manifest")
+    report_objects(entries)
     written = [
         "scores.csv",
         *(["maps/"] if settings.save_maps else []),

@@ -15,7 +15,8 @@ from files import sha256, unsealed, write_binary, write_sealed_json
 from radiographs.manifest import Record
 
 UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
-RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv")
+PATIENTS = "dicom_local_only"  # DICOM objects, which name the patient: its owner's alone to enter
+RESULTS = ("result_*.png", "maps/*.npy", f"{PATIENTS}/*.dcm", "metrics.json", "scores.csv")
 NOTE = "examination.json"  # of what, and how far; stays with the results
 KEPT = "kept"  # maps and masks that the metrics need, until there are metrics
 
@@ -156,9 +157,13 @@ class Unfinished:
         for name in sorted(mine):
             place = self.out / name
             place.parent.mkdir(parents=True, exist_ok=True)
+            if place.parent.name == PATIENTS:
+                place.parent.chmod(0o700)  # before anything is in it, and where somebody else made it, too
             os.replace(self.folder / name, place)
         for name in set(old) - set(self.moved):
             (self.out / name).unlink(missing_ok=True)
+            if (self.out / name).parent != self.out and not any((self.out / name).parent.iterdir()):
+                (self.out / name).parent.rmdir()
         entries = [entry if "error" not in entry else entry | {"error": ""} for entry in self.entries]  # may name one
         tables = {name: sha256(self.out / name) for name in self.moved if Path(name).suffix in (".csv", ".json")}
         note = {"identity": self.identity, "files": self.moved, "tables": tables, "entries": entries}

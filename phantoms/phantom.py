@@ -22,7 +22,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 from PIL import Image
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
 from threadpoolctl import threadpool_limits
 
@@ -100,6 +100,12 @@ def write_dicom(path: str | Path, phantom: Phantom) -> None:
     data.PresentationIntentType = "FOR PRESENTATION"
     data.ImageType = ["DERIVED", "PRIMARY", ""]
     data.BodyPartExamined = "JAW"
+    data.ImageLaterality = "B"  # both sides
+    data.AnatomicRegionSequence = [_code("661005", "SCT", "Jaw region")]
+    data.AcquisitionContextSequence = []
+    data.DetectorType = ""
+    data.BurnedInAnnotation = "NO"
+    data.LossyImageCompression = "00"
     data.PatientOrientation = ["L", "F"]
     data.Manufacturer = "Phantom"
     data.PatientName = phantom.patient
@@ -130,6 +136,13 @@ def write_dicom(path: str | Path, phantom: Phantom) -> None:
     data.PresentationLUTShape = "IDENTITY"
     data.PixelData = pixels.tobytes()
     data.save_as(path, enforce_file_format=True)
+
+
+def _code(value: str, scheme: str, meaning: str) -> Dataset:
+    """A DICOM code."""
+    item = Dataset()
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
+    return item
 
 
 def write_dataset(

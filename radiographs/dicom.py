@@ -28,6 +28,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from config import MAKER
 from radiographs.pixels import FIRST_FRAME_ONLY, MAX_PIXELS, check_size, luma
 
 PIXEL_TAGS = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
@@ -50,7 +51,8 @@ class Header(NamedTuple):
     """What a file says of itself before its pixels are read."""
 
     patient: str | None  # DICOM PatientID
-    is_image: bool  # False for DICOM objects of another kind: reports, presentation states, plans, indexes
+    # False for DICOM objects of another kind (reports, presentation states, plans, indexes), and for pictures of ours
+    is_image: bool
     modality: str = ""  # of a DICOM image, such as PX or CT
 
 
@@ -173,10 +175,12 @@ def _size_in_jpeg(stream: bytes) -> tuple[int, int] | None:
 
 def read_dicom_header(path: str | Path) -> Header:
     """Whose a DICOM file is, whether it is an image, and by what it was taken, without its pixels."""
-    tags = ["PatientID", "SOPClassUID", "Rows", "Modality"]
+    tags = ["PatientID", "SOPClassUID", "Rows", "Modality", "Manufacturer"]
     dataset = open_dicom(path, stop_before_pixels=True, specific_tags=tags)
     modality = str(dataset.get("Modality") or "").strip().upper()
-    return Header(_patient(dataset), _is_image(path, dataset), modality)
+    # a map of an earlier examination, back from an archive
+    ours = str(dataset.get("Manufacturer") or "").strip() == MAKER
+    return Header(_patient(dataset), not ours and _is_image(path, dataset), modality)
 
 
 def _is_image(path: str | Path, dataset: pydicom.Dataset) -> bool:

@@ -15,6 +15,7 @@ FILES = {name: ast.parse(path.read_text()) for name, path in PATHS.items()}
 SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference", "export"}
 PARTS = {
     "anomaly",
+    "archive",
     "calibration",
     "dataset",
     "flowdiff_batch",
