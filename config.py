@@ -238,6 +238,7 @@ class InferenceConfig:
     examine_training_patients: bool = False  # True examines also who trained or validated: their scores flatter
     batch_size: int = 8  # images at once
     figures: int = -1  # result_XXX.png for this many images, spread evenly over the kinds; -1 draws all, 0 none
+    report: bool = True  # report.html, all results in one page, with its pictures in report/; about 0.2 MB an image
     save_maps: bool = True  # anomaly maps as .npy at the size of the original image
     vae_checkpoint: str = "./outputs/phase1_vae/checkpoint_best.pt"  # the VAE of phase 1
     flow_checkpoint: str = "./outputs/phase3_flowdiff/checkpoint_best.pt"  # the normalizer of phase 3

@@ -11,9 +11,11 @@ import numpy as np
 from checks import UsageError
 from files import unsealed, write_binary, write_sealed_json
 from radiographs.manifest import Record
+from reporting.layers import PATTERNS
+from reporting.report import REPORT
 
 UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
-RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv")
+RESULTS = ("result_*.png", "maps/*.npy", "metrics.json", "scores.csv", REPORT, *PATTERNS)
 NOTE = "examination.json"  # of what, and how far; stays with the results
 KEPT = "kept"  # maps and masks that the metrics need, until there are metrics
 
@@ -95,7 +97,7 @@ class Unfinished:
         One that is killed here goes on here: what is to be moved is noted before the first file is.
         """
         mine = [path for path in self.folder.rglob("*") if path.is_file() and path.parent.name != KEPT]
-        mine = [path for path in mine if path.name != NOTE]
+        mine = [path for path in mine if path.name != NOTE and path.suffix != ".tmp"]  # .tmp: of one that was killed
         self.moved |= {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in mine}
         self.save(self.done)
         (self.out / NOTE).unlink(missing_ok=True)  # until all are in place, nothing says that they are
