@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 406, 12, 206
+LEFT, RIGHT, TOP, BOTTOM = 50, 398, 12, 206
 BINS = 24
 
 
@@ -59,8 +59,8 @@ def histogram(normals: ArrayLike, groups: list[tuple[str, str, ArrayLike]], thre
         description=f"Histogram of image scores with the threshold at {threshold:.4g}: {medians}.",
         x_label="score",
         y_label="share of images",
-        x_ticks=[(_across(value, low, high), f"{value:.4g}") for value in np.linspace(low, high, 5)],
-        y_ticks=[(_up(value, 0, top), f"{value:.0%}") for value in np.linspace(0, top, 3)],
+        x_ticks=[(_across(value, low, high), f"{value:g}") for value in round_values(low, high)],
+        y_ticks=[(_up(value, 0, top), f"{100 * value:g}%") for value in round_values(0, top)],
         series=series,
         rule=_across(threshold, low, high),
     )
@@ -72,6 +72,14 @@ def score_range(scores: NDArray, threshold: float) -> tuple[float, float]:
     low, high = min(float(low), threshold), max(float(high), threshold)
     room = 0.02 * (high - low) or 0.5 * abs(high) or 0.5
     return low - room, high + room
+
+
+def round_values(low: float, high: float, most: int = 6) -> list[float]:
+    """At most so many values between low and high, low < high: all multiples of 1, 2 or 5 times a power of ten."""
+    size = 10.0 ** np.floor(np.log10((high - low) / most))
+    step = next(size * times for times in (1, 2, 5, 10, 20) if (high - low) / (size * times) <= most - 1)
+    multiples = np.arange(np.ceil(low / step - 1e-9), np.floor(high / step + 1e-9) + 1)
+    return [float(f"{multiple * step:.10g}") + 0.0 for multiple in multiples]
 
 
 def roc(scores: ArrayLike, labels: ArrayLike, threshold: float, area: str) -> Chart:

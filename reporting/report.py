@@ -165,9 +165,8 @@ def checkpoints(shaping: dict) -> dict[str, str]:
 def settings_told(shaping: dict) -> dict[str, str]:
     """Everything else that the results follow from, by name."""
     told = {**shaping["calibration"]["belongs_to"], **shaping["settings"], **shaping["preprocessing"]}
-    told |= {"torch": shaping["torch"], "device": shaping.get("device", "")}
-    shown = {name: value for name, value in sorted(told.items()) if not name.endswith("_sha256") and value != ""}
-    return {name: _told(value) for name, value in shown.items()}
+    told |= {"torch": shaping["torch"], "recipe": shaping["recipe"]}
+    return {name: _told(value) for name, value in sorted(told.items()) if not name.endswith("_sha256")}
 
 
 def _told(value: object) -> str:

@@ -8,6 +8,7 @@ const opacity = by("opacity"), swipe = by("swipe");
 const filters = ["search", "verdict", "kind", "label", "order"].map(by);
 let shown = []; // positions in data.images, in the order of the grid
 let open = 0; // place in shown of the image in the viewer
+let turns = 0; // how often an image was opened
 
 const verdictOf = (image) => (image.flagged ? "flagged" : "not flagged");
 const pictureOf = (image, name) => `${data.folder}/${image.index}_${name}`;
@@ -105,11 +106,7 @@ function show(place) {
   open = place;
   const image = data.images[shown[place]];
   stage.style.setProperty("--aspect", image.shape[1] / image.shape[0]);
-  by("original").src = pictureOf(image, "original.png");
-  by("normal").src = pictureOf(image, "normal.png");
-  by("map").src = pictureOf(image, "map.png");
-  if (image.outlined) by("outline").src = pictureOf(image, "outline.svg");
-  else by("outline").removeAttribute("src");
+  load(image);
   by("outline-choice").hidden = !image.outlined;
   by("title").textContent = `${image.index}  ${image.name}`;
   by("place").textContent = `${place + 1} of ${shown.length}`;
@@ -121,6 +118,19 @@ function show(place) {
     viewer.showModal();
     stage.focus();
   }
+}
+
+async function load(image) {
+  const turn = ++turns;
+  stage.classList.add("loading"); // never one image's map over another's original
+  const names = { original: "original.png", normal: "normal.png", map: "map.png" };
+  if (image.outlined) names.outline = "outline.svg";
+  else by("outline").removeAttribute("src");
+  for (const [id, name] of Object.entries(names)) by(id).src = pictureOf(image, name);
+  const loaded = await Promise.allSettled(Object.keys(names).map((id) => by(id).decode()));
+  if (turn !== turns) return;
+  stage.classList.remove("loading");
+  by("missing").hidden = loaded.every((each) => each.status === "fulfilled");
 }
 
 function draw() {
