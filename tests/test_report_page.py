@@ -94,6 +94,9 @@ class Page:
         (option,) = [option for option in self.find(f"#{identifier} option") if option.text == words]
         option.click()
 
+    def search(self, words):
+        self.one("#search").send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.DELETE, words)
+
     def open(self, place=0):
         self.find(".card")[place].click()
         self.settle()
@@ -120,13 +123,17 @@ class Page:
         )
         self.settle()
 
+    def frame(self, selector):
+        """Where an element is on the screen, in pixels."""
+        script = "const r = document.querySelector(arguments[0]).getBoundingClientRect(); return r.toJSON()"
+        return self.run(script, selector)
+
     def pixel(self, down, across):
         """The colour that the screen shows at this place of the stage, shares of its height and width."""
-        frame = self.run(
-            "const r = document.getElementById('stage').getBoundingClientRect(); return [r.x, r.y, r.width, r.height]"
-        )
+        frame = self.frame("#stage")
         screen = Image.open(BytesIO(self.browser.get_screenshot_as_png())).convert("RGB")
-        return np.array(screen.getpixel((int(frame[0] + across * frame[2]), int(frame[1] + down * frame[3]))))
+        place = frame["x"] + across * frame["width"], frame["y"] + down * frame["height"]
+        return np.array(screen.getpixel(tuple(map(int, place))))
 
 
 @pytest.fixture
@@ -179,11 +186,9 @@ def test_filters_and_search_hold_together_and_search_knows_names_kinds_and_remar
         ("alert(1)", [2]),
         ("zz", []),
     ):
-        page.one("#search").clear()
-        page.one("#search").send_keys(words)
+        page.search(words)
         assert sorted(page.order()) == sorted(left), words
-    page.one("#search").clear()
-    page.one("#search").send_keys("cyst")
+    page.search("cyst")
     page.choose("verdict", "flagged")
     assert page.order() == [6, 1]
 
@@ -365,7 +370,7 @@ def test_nothing_is_cut_off_and_nothing_overlaps(size, browser, folder):
             apart = [a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1] for b in same[place + 1 :]]
             assert all(apart), (size, group)
     page.open()
-    stage, aside = (page.one(selector).rect for selector in ("#stage", "aside"))
+    stage, aside = (page.frame(selector) for selector in ("#stage", "aside"))
     beside, below = stage["x"] + stage["width"] <= aside["x"], stage["y"] + stage["height"] <= aside["y"]
     assert (beside or below) and stage["width"] / stage["height"] == pytest.approx(2, abs=0.02)
     assert stage["width"] > 0.5 * size[0] and stage["y"] >= 0 and stage["y"] + stage["height"] <= size[1]

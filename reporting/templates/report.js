@@ -178,7 +178,7 @@ viewer.addEventListener("keydown", (event) => {
   show(open + steps[event.key]);
 });
 
-for (const each of filters) each.addEventListener("input", filter);
+for (const each of filters) each.addEventListener(each.tagName === "SELECT" ? "change" : "input", filter);
 by("filters").addEventListener("submit", (event) => event.preventDefault());
 fill(by("kind"), data.images.map((image) => image.kind));
 fill(by("label"), data.images.map((image) => image.label));
