@@ -240,6 +240,7 @@ class InferenceConfig:
     examine_training_patients: bool = False  # True examines also who trained or validated: their scores flatter
     batch_size: int = 8  # images at once
     figures: int = -1  # result_XXX.png for this many images, spread evenly over the kinds; -1 draws all, 0 none
+    report: bool = True  # report.html, all results in one page, with its pictures in report/; about 0.2 MB an image
     save_maps: bool = True  # anomaly maps as .npy at the size of the original image
     # Secondary Capture and Segmentations of every DICOM input, for an archive; they name the patient, as the input does
     dicom: bool = False

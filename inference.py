@@ -3,11 +3,11 @@
 Reads   radiographs (data.test, or the test split of data.root) and the checkpoints of phases 1 and 3; where
         outputs/calibration/ has nothing that belongs to them, also the training and validation normals of data.root
 
-Writes  outputs/phase4_inference/: result_XXX.png, scores.csv, maps/XXX.npy at the size of the original image,
-        metrics.json where labels exist, examination.json, which tells the next run what is there, and readable by their
-        owner alone lookup_local_only.csv, which says which source each index is, and skipped_local_only.csv with the
-        names of files that could not be read; with --inference.dicom True dicom_local_only/, which names patients:
-        DICOM objects of every DICOM input, for an archive
+Writes  outputs/phase4_inference/: report.html with its pictures in report/, result_XXX.png, scores.csv, maps/XXX.npy
+        at the size of the original image, metrics.json where labels exist, examination.json, which tells the next run
+        what is there, and readable by their owner alone lookup_local_only.csv, which says which source each index is,
+        and skipped_local_only.csv with the names of files that could not be read; with --inference.dicom True
+        dicom_local_only/, which names patients: DICOM objects of every DICOM input, for an archive
 
         outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
         every later examination
@@ -57,7 +57,9 @@ from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
 from reporting.figures import ColourScale, save_result
+from reporting.layers import FOLDER, Layers, save_layers
 from reporting.lookup import Pseudonyms
+from reporting.report import REPORT, Findings, write_report
 from reporting.summary import metrics_table
 from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
 from runtime import run_script, shareable
@@ -111,6 +113,8 @@ def main() -> None:
     metrics = measure(records, unfinished, calibration)
     if metrics:
         write_json(unfinished.folder / "metrics.json", metrics)
+    if settings.report:
+        write_report(unfinished.folder, findings(entries, calibration, metrics, config))
     unfinished.publish()
     held.close()
     report(entries, calibration, metrics, config)
@@ -164,6 +168,9 @@ def examine(
                     save_map(fresh / "maps" / f"{index:03d}.npy", anomaly_map, sample, config)
                 if objects:
                     entry["objects"] = objects.write(index, record, anomaly_map, sample.original_shape)
+                if settings.report:
+                    layers = layers_of(seen, position, anomaly_map, sample, config)
+                    entry["report"] = save_layers(fresh / FOLDER, index, layers, scale.anomaly_map)
                 if figure:
                     title = f"{title_of(index, score, p_value, threshold, record)}  |  method {settings.method}"
                     draw(fresh / figure, seen, position, anomaly_map, title, scale, sample.mask)
@@ -194,7 +201,7 @@ def shaping_results(calibration: Calibration, config: Config) -> dict:
     """Everything beside the files that results follow from."""
     names = ("belongs_to", "pixel_threshold", "scale", "file_sizes")
     known = {name: getattr(calibration, name) for name in names} | {"scores": calibration.scores.tolist()}
-    asked = ("figures", "save_maps", "dicom", "image_fpr", "examine_training_patients", "batch_size")
+    asked = ("figures", "report", "save_maps", "dicom", "image_fpr", "examine_training_patients", "batch_size")
     settings = {name: getattr(config.inference, name) for name in asked} | {"outlier_std": config.latent.outlier_std}
     made_by = {"recipe": RECIPE, "torch": torch.__version__}
     return {"calibration": known, "settings": settings, "preprocessing": config.data.preprocessing, **made_by}
@@ -248,6 +255,21 @@ def draw(
     larger = [F.interpolate(panel[position : position + 1], size=size) for panel in (seen.normal, l1, gradient)]
     panels = (panel[0, 0].cpu().numpy() for panel in (seen.detail[position : position + 1], *larger))
     save_result(path, *panels, anomaly_map, title, scale, mask)
+
+
+def layers_of(seen: Examined, position: int, anomaly_map: np.ndarray, sample: Sample, config: Config) -> Layers:
+    """What the report shows of one image: squashed ones as wide and as high as their file."""
+    shape = sample.original_shape if config.data.fit == "stretch" else (config.data.height, config.data.width)
+    original, normal = (images[position, 0].cpu().numpy() for images in (seen.detail, seen.normal))
+    return Layers(original, normal, anomaly_map, sample.mask, shape)
+
+
+def findings(entries: list[dict], calibration: Calibration, metrics: dict | None, config: Config) -> Findings:
+    """What the report tells: nothing that the identity of the examination does not say already."""
+    rate = config.inference.image_fpr
+    expected = false_positive_interval(len(calibration.scores), rate)
+    shaping = shaping_results(calibration, config)
+    return Findings(entries, shaping, calibration.score_threshold(rate), expected, metrics)
 
 
 def measure(records: list[Record], unfinished: Unfinished, calibration: Calibration) -> dict | None:
@@ -306,11 +328,14 @@ def report(entries: list[dict], calibration: Calibration, metrics: dict | None, 
     print(f"\n{metrics_table(metrics)}\n" if metrics else "no metrics: they need images labelled 0 and 1 in a manifest")
     report_objects(entries)
     written = [
+        *([REPORT] if settings.report else []),
         "scores.csv",
         *(["maps/"] if settings.save_maps else []),
         *(["result_XXX.png"] if settings.figures else []),
     ]
     print(f"wrote {out}: {', '.join(written)}")
+    if settings.report:
+        print(f"open {out / REPORT} in a browser: every result, the highest score first")
     drawn = [entry for entry in examined if entry["figure"]]
     if drawn:
         best = max(drawn, key=lambda entry: (entry["score"], entry["figure"]))

@@ -13,10 +13,12 @@ import numpy as np
 from checks import UsageError
 from files import sha256, unsealed, write_binary, write_sealed_json
 from radiographs.manifest import Record
+from reporting.layers import PATTERNS
+from reporting.report import REPORT
 
 UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
 PATIENTS = "dicom_local_only"  # DICOM objects, which name the patient: its owner's alone to enter
-RESULTS = ("result_*.png", "maps/*.npy", f"{PATIENTS}/*.dcm", "metrics.json", "scores.csv")
+RESULTS = ("result_*.png", "maps/*.npy", f"{PATIENTS}/*.dcm", "metrics.json", "scores.csv", REPORT, *PATTERNS)
 NOTE = "examination.json"  # of what, and how far; stays with the results
 KEPT = "kept"  # maps and masks that the metrics need, until there are metrics
 
@@ -120,6 +122,7 @@ class Unfinished:
     def _sizes(self) -> dict[str, int]:
         """Of every file but the note."""
         found = (path for path in self.folder.rglob("*") if path.is_file() and path.name != NOTE)
+        found = (path for path in found if path.suffix != ".tmp")  # of one that was killed
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in found}
 
     def keep(self, index: int, anomaly_map: np.ndarray, mask: np.ndarray | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import contourpy
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -161,15 +162,20 @@ class _ResultFigure:
             panel.set_data(image)
             panel.set_clim(*limit)
         self.title.set_text(title)
-        for outline in self.outlines:
-            outline.set_segments([] if mask is None else _outline(mask))
+        for border in self.outlines:
+            border.set_segments([] if mask is None else outline(mask))
         self.legend.set_visible(mask is not None)
 
 
 _result_figure = lru_cache(maxsize=4)(_ResultFigure)
 
 
-def _outline(mask: ArrayLike) -> list[NDArray]:
+def heat_colours() -> NDArray:
+    """The 256 colours of anomaly maps, from nothing to the end of the bar, uint8 (256, 3)."""
+    return colormaps[HEAT](np.arange(256), bytes=True)[:, :3]
+
+
+def outline(mask: ArrayLike) -> list[NDArray]:
     """The border of a mask (H, W) as lines of (x, y) in pixels, closed also at the edge of the image."""
     padded = np.pad(np.asarray(mask).astype(np.float32), 1)
     return [line - 1 for line in contourpy.contour_generator(z=padded).lines(0.5)]

@@ -317,6 +317,15 @@ def test_what_a_killed_examination_left_is_not_mixed_with_another(identity, resu
     assert listed(tmp_path) == ["examination.json"]
 
 
+def test_half_a_file_of_a_killed_examination_does_not_become_a_result(tmp_path):
+    killed = Unfinished(tmp_path, "an identity", resume=True)
+    killed.save(0)
+    (killed.folder / "report").mkdir()
+    (killed.folder / "report" / ".003_map.png.4711.tmp").write_text("half of i")
+    Unfinished(tmp_path, "an identity", resume=True).publish()
+    assert listed(tmp_path) == ["examination.json"]
+
+
 def test_a_killed_examination_goes_on_with_what_it_knew(tmp_path):
     killed, mask = Unfinished(tmp_path, "an identity", resume=True), np.eye(4, dtype=bool)
     killed.entries.append({"index": 0, "score": 0.1 + 0.2})

@@ -73,7 +73,7 @@ def test_a_figure_does_not_remember_the_image_before(draw):
 
 
 def test_an_outline_is_closed_also_where_the_mask_touches_the_edge():
-    (line,) = figures._outline(np.ones((4, 6), dtype=bool))
+    (line,) = figures.outline(np.ones((4, 6), dtype=bool))
     assert (line[0] == line[-1]).all()
     assert (line.min(axis=0) == -0.5).all() and (line.max(axis=0) == [5.5, 3.5]).all()  # the outer border of the pixels
 

@@ -31,7 +31,7 @@ from reporting.lookup import LOOKUP
 from results import UNFINISHED
 from runtime import shareable
 
-QUIET = ["--inference.figures", 0, "--inference.save-maps", "False"]
+QUIET = ["--inference.figures", 0, "--inference.save-maps", "False", "--inference.report", "False"]
 
 
 def scores_in(folder):
@@ -47,7 +47,7 @@ def listed_test_rows(made):
 
 def test_every_artefact_of_phase_4_is_there_and_nothing_unfinished(examined):
     fixed = {"scores.csv", "maps", "metrics.json", "config.json", "lookup_local_only.csv"}
-    fixed |= {".results.lock", "examination.json"}
+    fixed |= {".results.lock", "examination.json", "report.html", "report"}
     assert fixed == {path.name for path in examined.phase4.iterdir() if not path.match("result_*.png")}
     assert {path.name for path in (examined.out / "calibration").glob("[!.]*")} == {
         "statistical.npz",
@@ -147,7 +147,7 @@ def test_the_plain_map_is_the_formula_of_the_mission_between_the_file_and_g(call
 
 def results_in(folder):
     """Every file of an examination but the table that leads back, whose names are of that folder alone."""
-    names = ("*.png", "maps/*.npy", "metrics.json")
+    names = ("*.png", "maps/*.npy", "report/*.*", "metrics.json")
     return {path.relative_to(folder): path.read_bytes() for name in names for path in folder.glob(name)}
 
 
@@ -391,6 +391,7 @@ def test_nothing_of_an_earlier_examination_stays(call, examined, unlabelled, tmp
     assert not (out / "metrics.json").exists(), "metrics of other images lie beside these scores"
     assert sorted(path.name for path in out.glob("maps/*")) == ["000.npy", "001.npy"]
     assert sorted(path.name for path in out.glob("result_*")) == ["result_000.png", "result_001.png"]
+    assert {path.name[:3] for path in out.glob("report/*")} == {"000", "001"}
 
 
 def test_an_unreadable_file_is_named_and_the_others_keep_their_places(call, unlabelled, tmp_path):
