@@ -1,4 +1,4 @@
-# make demo   the four phases on phantoms, minutes on two cores; heatmaps in outputs/demo/phase4_inference
+# make demo   the four phases on phantoms, minutes on two cores; ends with the path of the report, which shows the heatmaps
 # make test   the tests
 # make lint   the linter and the formatter, as checks
 # Each makes .venv and installs what it needs. PYTHON=python3.12 chooses the interpreter, SEED=1 another demo, DEMO=folder another

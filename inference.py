@@ -334,12 +334,12 @@ def report(entries: list[dict], calibration: Calibration, metrics: dict | None, 
         *(["result_XXX.png"] if settings.figures else []),
     ]
     print(f"wrote {out}: {', '.join(written)}")
-    if settings.report:
-        print(f"open {out / REPORT} in a browser: every result, the highest score first")
     drawn = [entry for entry in examined if entry["figure"]]
     if drawn:
         best = max(drawn, key=lambda entry: (entry["score"], entry["figure"]))
         print(f"look at {out / best['figure']}: the highest score of those drawn")
+    if settings.report:
+        print(f"open {out / REPORT} in a browser: every result, the highest score first")
 
 
 if __name__ == "__main__":
