@@ -112,8 +112,10 @@ def test_as_many_figures_as_asked_for_of_different_kinds(examined):
     assert len(drawn) == 3 and len(kinds) == 3
 
 
-def test_the_last_line_names_the_figure_with_the_highest_score(examined):
-    figure = Path(re.fullmatch(r"look at (.*): .*", examined.printed.splitlines()[-1]).group(1))
+def test_the_last_lines_name_the_figure_with_the_highest_score_and_the_report(examined):
+    look, last = examined.printed.splitlines()[-2:]
+    assert Path(re.fullmatch(r"open (.*) in a browser: .*", last).group(1)).is_file()
+    figure = Path(re.fullmatch(r"look at (.*): .*", look).group(1))
     scores = {row["index"]: float(row["score"]) for row in table(examined.phase4 / "scores.csv")}
     drawn = [path.stem.removeprefix("result_") for path in examined.phase4.glob("result_*.png")]
     assert figure.is_file() and figure.stem.removeprefix("result_") == max(drawn, key=scores.get)
