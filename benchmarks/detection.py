@@ -223,7 +223,8 @@ def run_ours(row: str, flags: list[str], folder: Path, networks: Path | None) ->
         call(phase, flags)
     here = folder / file_name(row)
     mine = ["--inference.output", str(here), "--inference.calibration", str(here / "calibration"), *OURS[row]]
-    call("inference.py", [*flags, *mine, "--inference.save-maps", "True", "--inference.figures", "12"])
+    mine += ["--inference.save-maps", "True", "--inference.figures", "12", "--inference.report", "False"]
+    call("inference.py", [*flags, *mine])
     config = parse_command(__doc__, [*flags, *mine]).config
     return verdicts_of(here, config), {"flags": [*OURS[row]]}
 

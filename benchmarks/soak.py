@@ -1,7 +1,7 @@
 """Many radiographs in one run: python benchmarks/soak.py
 
 Phases 2 and 4 over 20,000 radiographs, drawn as they are read and stored nowhere, with tiny networks that are trained
-first; then the calibration of phase 4 over 200 and over 2,000 validation normals. Prints
+first (maps and three figures are written, no report); then the calibration of phase 4 over 200 and over 2,000 validation normals. Prints
 
 memory    MiB that the process and those that read for it hold themselves, first and last; what they map from files is
           the disk's (Linux: resident less shared)
@@ -115,7 +115,7 @@ def flags(networks: Path, outputs: Path) -> list[str]:
     words += ["--data.height", SIZE[0], "--data.width", SIZE[1], "--data.cache-gb", 0, "--data.num-workers", 1]
     words += ["--latent.vae-checkpoint", vae, "--latent.augmented-copies", 0, "--flowdiff.vae-checkpoint", vae]
     words += ["--flowdiff.latents", networks / "phase2_latents"]
-    words += ["--inference.vae-checkpoint", vae, "--inference.flow-checkpoint", flow]
+    words += ["--inference.vae-checkpoint", vae, "--inference.flow-checkpoint", flow, "--inference.report", False]
     return [*map(str, words)]
 
 
