@@ -1,7 +1,8 @@
 """Many radiographs in one run: python benchmarks/soak.py
 
 Phases 2 and 4 over 20,000 radiographs, drawn as they are read and stored nowhere, with tiny networks that are trained
-first (maps and three figures are written, no report); then the calibration of phase 4 over 200 and over 2,000 validation normals. Prints
+first (maps and three figures are written, no report); then the calibration of phase 4 over 200 and over 2,000
+validation normals. Prints
 
 memory    MiB that the process and those that read for it hold themselves, first and last; what they map from files is
           the disk's (Linux: resident less shared)
