@@ -7,6 +7,7 @@
 They name the patient, so they lie in a folder of their own that its owner alone can enter (`results.PATIENTS`).
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
@@ -15,10 +16,12 @@ from datetime import datetime
 from pathlib import Path
 
 import numpy as np
+import pydicom
 
 from calibration import Calibration
 from checks import UsageError
 from config import Config
+from progress import warn
 from radiographs.dicom import is_dicom, open_dicom
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
@@ -27,14 +30,18 @@ from results import PATIENTS
 from survey import magnification_of
 
 NO_DICOM = "no DICOM"
+TWICE = "another file has the same SOPInstanceUID"
 CHANGED = "cannot be read again"
 ODD = "an element of the header makes no sense"
 
 
 class Archive:
-    """The objects of an examination, written below `folder`; UsageError where highdicom is not installed."""
+    """The objects of an examination, written below `folder`; UsageError where highdicom is not installed.
 
-    def __init__(self, folder: Path, calibration: Calibration, config: Config):
+    `done` are the records whose objects an interrupted examination wrote.
+    """
+
+    def __init__(self, folder: Path, calibration: Calibration, config: Config, done: list[Record] = ()):
         try:
             from reporting import dicom_out  # here: it takes a second to load, and few ask for it
         except ImportError as error:
@@ -48,6 +55,10 @@ class Archive:
         hashes["settings_sha256"] = hashlib.sha256(told.encode()).hexdigest()
         threshold, end = calibration.pixel_threshold, calibration.scale["anomaly_map"]
         self.algorithm = dicom_out.Algorithm(calibration.method, threshold, end, hashes)
+        self.seen: set[str] = set()  # SOPInstanceUIDs
+        for record in done:
+            with contextlib.suppress(ImageReadError, OSError, ValueError, *PUZZLED):
+                self.seen.add(_instance(open_dicom(record.path, stop_before_pixels=True)))
 
     def write(self, index: int, record: Record, anomaly_map: np.ndarray, original_shape: tuple[int, int]) -> str:
         """Write the objects of one radiograph, whose map (k H, k W) is at the size of the model or k times that.
@@ -67,6 +78,8 @@ class Archive:
         missing = self.make.missing_in(source)
         if missing:
             return f"without {missing}"
+        if _instance(source) in self.seen:
+            return TWICE
         full = unfit_map(anomaly_map, original_shape, data.fit, magnification_of(self.config))
         try:
             with warnings.catch_warnings():
@@ -78,7 +91,12 @@ class Archive:
         self.folder.mkdir(mode=0o700, exist_ok=True)
         for name, content in files.items():
             self.make.save(self.folder / name, content)
+        self.seen.add(_instance(source))
         return ""
+
+
+def _instance(source: pydicom.Dataset) -> str:
+    return str(source.get("SOPInstanceUID") or "")
 
 
 def report_objects(entries: list[dict]) -> None:
@@ -86,6 +104,6 @@ def report_objects(entries: list[dict]) -> None:
     known = [entry["objects"] for entry in entries if "objects" in entry]
     for why, count in sorted(Counter(known).items()):
         if why:
-            print(f"{count} of {len(known)} files have no DICOM objects: {why}")
+            warn(f"{count} of {len(known)} files have no DICOM objects: {why}")
     if known:
         print(f"DICOM objects of {known.count('')} of {len(known)} files, which name the patients, are in {PATIENTS}/")

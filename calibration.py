@@ -27,7 +27,7 @@ from corruption import check_fills, corrupt
 from files import sha256, unsealed, write_binary, write_sealed_json
 from fusion import Fusion, PixelSample, ScoreFusion, left_out_scores
 from normalizer import Examined, Normalizer
-from progress import bar
+from progress import bar, warn
 from reader import Reader
 from scratch import nameless_array
 from standardization import NormalViews, PixelStatistics, features
@@ -212,7 +212,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         check_fills(config.calibration.fills, "calibration.fills")
     refuse_too_few(len(images), method)
     if len(images) < FEW_NORMALS:
-        print(f"{len(images)} validation normals only: thresholds and p-values are rough below {FEW_NORMALS}")
+        warn(f"{len(images)} validation normals only: thresholds and p-values are rough below {FEW_NORMALS}")
     survey = look_at(model, images, config, reader)
     statistics = beside_statistics = fusion = score_fusion = None
     if method == "statistical":

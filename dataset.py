@@ -153,11 +153,13 @@ def report_twins(splits: dict[str, list[Record]], prints: dict[Path, np.ndarray]
     """
     placed = [(name, record) for name, split in splits.items() for record in split]
     everyone = np.stack([prints[record.path] for _, record in placed])
-    rows = []
-    for one, other in itertools.islice(twins(everyone), 10_000):  # nobody reads more
-        (split, record), (other_split, twin) = placed[one], placed[other]
-        if split != other_split or record.patient != twin.patient:
-            rows.append([split, record.path.name, other_split, twin.path.name])
+    found = ((*placed[one], *placed[other]) for one, other in twins(everyone))
+    told = (
+        [split, record.path.name, other_split, twin.path.name]
+        for split, record, other_split, twin in found
+        if split != other_split or record.patient != twin.patient
+    )
+    rows = list(itertools.islice(told, 10_000))  # nobody reads more
     if not rows:
         report.unlink(missing_ok=True)
         return

@@ -52,6 +52,8 @@ def says_full(error: BaseException | None) -> bool:
     """Whether a full disk is behind an error: torch reports what Python told it as an error of its own."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
+    if error is not None and error.errno is None and "requested and" in str(error):  # what numpy says of it
+        return True
     return error is not None and error.errno in FULL
 
 

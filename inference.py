@@ -52,19 +52,19 @@ from image_ops import residual_components
 from interruption import Steps, remember
 from metrics import summarize
 from normalizer import Examined, Normalizer
-from progress import bar
+from progress import bar, warn
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
 from reporting.figures import ColourScale, save_result
 from reporting.layers import FOLDER, Layers, save_layers
-from reporting.lookup import Pseudonyms
+from reporting.lookup import LOOKUP, Pseudonyms
 from reporting.report import REPORT, Findings, write_report
 from reporting.summary import metrics_table
 from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
 from runtime import run_script, shareable
 from survey import magnification_of
-from thresholds import false_positive_interval
+from thresholds import expected_false_positive_rate, false_positive_interval
 
 RECIPE = 2  # raise it when code changes the results of the same files and settings
 SKIPPED = "skipped_local_only.csv"
@@ -125,7 +125,7 @@ def examine(
 ) -> None:
     """Every record that is not examined yet: its entry, its map, its figure."""
     settings, fresh, done = config.inference, unfinished.folder, unfinished.done
-    names = Pseudonyms(fresh if done else unfinished.out)
+    names = Pseudonyms(fresh if (fresh / LOOKUP).is_file() else unfinished.out)  # or moved there, and then killed
     for entry in unfinished.entries:
         if "row" in entry:
             names.name(entry["index"], records[entry["index"]].path)  # as before: the table is written as a whole
@@ -133,10 +133,10 @@ def examine(
     drawn, times = figures_to_draw(records, settings.figures), magnification_of(config)
     threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
     if not any(members.prints for members in model.members):
-        print("these checkpoints are of an earlier version: copies of radiographs that trained are not remarked on")
+        warn("these checkpoints are of an earlier version: copies of radiographs that trained are not remarked on")
     if done:
         print(f"continuing after {done} of {len(records)} images (--runtime.resume False examines anew)")
-    objects = Archive(fresh, calibration, config) if settings.dicom else None
+    objects = Archive(fresh, calibration, config, records[:done]) if settings.dicom else None
     errors: list[ImageReadError] = []
     finest = tuple(calibration.file_sizes[1])
     batches = read_batches(records[done:], config.data, settings.batch_size, errors, times, finest)
@@ -267,9 +267,10 @@ def layers_of(seen: Examined, position: int, anomaly_map: np.ndarray, sample: Sa
 def findings(entries: list[dict], calibration: Calibration, metrics: dict | None, config: Config) -> Findings:
     """What the report tells: nothing that the identity of the examination does not say already."""
     rate = config.inference.image_fpr
-    expected = false_positive_interval(len(calibration.scores), rate)
+    normals = len(calibration.scores)
+    expected = expected_false_positive_rate(normals, rate), false_positive_interval(normals, rate)
     shaping = shaping_results(calibration, config)
-    return Findings(entries, shaping, calibration.score_threshold(rate), expected, metrics)
+    return Findings(entries, shaping, calibration.score_threshold(rate), *expected, metrics)
 
 
 def measure(records: list[Record], unfinished: Unfinished, calibration: Calibration) -> dict | None:
@@ -299,24 +300,24 @@ def report(entries: list[dict], calibration: Calibration, metrics: dict | None, 
     print(f"\n{len(examined)} images examined, {skipped} skipped, {flagged} flagged at score > {threshold:.4f}")
     coarser, foreign, known = (sum(entry[name] for entry in examined) for name in REMARKS)
     if coarser:
-        print(
+        warn(
             f"{coarser} of {len(examined)} files have fewer pixels than any validation normal: "
             "thresholds and p-values do not hold for them"
         )
     if foreign:
-        print(
+        warn(
             f"{foreign} of {len(examined)} images are unlike all normals (their latents lie out by more than "
             f"latent.outlier_std = {config.latent.outlier_std:g}), perhaps no panoramics: see the remarks in scores.csv"
         )
     if known:
-        print(
+        warn(
             f"{known} of {len(examined)} images look like radiographs that trained or validated the networks, perhaps "
             "copies: their scores flatter; see the remarks in scores.csv"
         )
     print(
-        f"threshold from {normals} validation normals at a false-positive rate of {settings.image_fpr:.0%}: on new "
-        f"normals expect {low:.1%} to {high:.1%} (95 % interval), or somewhat more, since the same normals chose the "
-        "checkpoints"
+        f"threshold from {normals} validation normals at a false-positive rate of {100 * settings.image_fpr:g} %: on "
+        f"new normals expect {low:.1%} to {high:.1%} (95 % interval), or somewhat more, since the same normals chose "
+        "the checkpoints"
     )
     print(
         f"map threshold {calibration.pixel_threshold:.4f}: {settings.pixel_fpr:.2%} of the pixels of normals lie above"

@@ -38,6 +38,11 @@ def bar(work: Iterable | None = None, **how: object) -> tqdm:
     return tqdm(work, **how)
 
 
+def warn(text: str) -> None:
+    """What a reader must not miss: among the other words, or on stderr where there are none."""
+    print(text, file=sys.stderr if _quiet else sys.stdout)
+
+
 def say(text: str) -> None:
     """A line among moving bars."""
     tqdm.write(text)

@@ -18,7 +18,16 @@ from reporting.report import REPORT
 
 UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
 PATIENTS = "dicom_local_only"  # DICOM objects, which name the patient: its owner's alone to enter
-RESULTS = ("result_*.png", "maps/*.npy", f"{PATIENTS}/*.dcm", "metrics.json", "scores.csv", REPORT, *PATTERNS)
+RESULTS = (
+    "config.json",
+    "result_*.png",
+    "maps/*.npy",
+    f"{PATIENTS}/*.dcm",
+    "metrics.json",
+    "scores.csv",
+    REPORT,
+    *PATTERNS,
+)
 NOTE = "examination.json"  # of what, and how far; stays with the results
 KEPT = "kept"  # maps and masks that the metrics need, until there are metrics
 
@@ -165,8 +174,9 @@ class Unfinished:
             os.replace(self.folder / name, place)
         for name in set(old) - set(self.moved):
             (self.out / name).unlink(missing_ok=True)
-            if (self.out / name).parent != self.out and not any((self.out / name).parent.iterdir()):
-                (self.out / name).parent.rmdir()
+            parent = (self.out / name).parent
+            if parent != self.out and parent.is_dir() and not any(parent.iterdir()):  # it may have been moved away
+                parent.rmdir()
         entries = [entry if "error" not in entry else entry | {"error": ""} for entry in self.entries]  # may name one
         tables = {name: sha256(self.out / name) for name in self.moved if Path(name).suffix in (".csv", ".json")}
         note = {"identity": self.identity, "files": self.moved, "tables": tables, "entries": entries}

@@ -26,7 +26,7 @@ import interruption
 from checks import UsageError
 from config import Config, RuntimeConfig
 from files import says_full
-from progress import own_voice, say
+from progress import own_voice, warn
 
 UNWRITABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 PLACES_OF_PATIENTS = (("data", "root"), ("data", "test"))  # settings whose very names may be a patient's
@@ -245,7 +245,7 @@ class StepGuard:
         self.skipped += 1
         self.in_a_row += 1
         if not self.quiet:
-            say(f"step {step}: the gradient is not finite, the step is skipped ({self.skipped} so far)")
+            warn(f"step {step}: the gradient is not finite, the step is skipped ({self.skipped} so far)")
         if self.in_a_row == self.limit:
             raise UsageError(f"no gradient was finite in the {self.limit} steps up to {step}: {self.remedy}")
         return False

@@ -33,6 +33,14 @@ def threshold_from_normals(values: ArrayLike, fpr: float) -> float:
     return float(highest.min())
 
 
+def expected_false_positive_rate(n_normals: int, fpr: float) -> float:
+    """The mean share of new normals above the threshold that `threshold_from_normals` sets from n: (k + 1) / (n + 1).
+
+    k = floor(fpr n); the mean of the Beta distribution of `false_positive_interval`.
+    """
+    return (_allowed_above(n_normals, fpr) + 1) / (n_normals + 1)
+
+
 def false_positive_interval(n_normals: int, fpr: float, confidence: float = 0.95) -> tuple[float, float]:
     """Where the true false-positive rate lies if `threshold_from_normals` set the threshold from n independent normals.
 

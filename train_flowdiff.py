@@ -126,6 +126,8 @@ def main() -> None:
     elif main_process:
         print(f"starting anew in {out}")
         remove_files(out, FILES_OF_A_RUN)
+    if main_process:
+        write_json(out / "config.json", shareable(config))  # first: it says whose the other files are
     model, optimizer = accelerator.prepare(network, optimizer)
     loader = step_loader(train, settings.batch_size, (step, total_steps), config, accelerator)
     predict = two_heads(model)
@@ -143,9 +145,6 @@ def main() -> None:
         weights = ema.module.state_dict()
         guard.check(step, weights)
         save_checkpoint(out / name, "flowdiff", handed_on | {"weights": weights, "scores": scores, "step": step})
-
-    if main_process:
-        write_json(out / "config.json", shareable(config))
 
     steps = Steps()
     progress = bar(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)

@@ -104,6 +104,8 @@ def main() -> None:
     elif main_process:
         print(f"starting anew in {out}")
         remove_files(out, FILES_OF_A_RUN)
+    if main_process:
+        write_json(out / "config.json", shareable(config))  # first: it says whose the other files are
     model, optimizer = accelerator.prepare(vae, optimizer)
     loader = step_loader(train, settings.batch_size, (step, total), config, accelerator)
 
@@ -128,10 +130,8 @@ def main() -> None:
         keep("checkpoint_best.pt", without_notes(scores))
         return scores["loss"]
 
-    if main_process:
-        write_json(out / "config.json", shareable(config))
-        if step == 0:
-            best = validated(best)
+    if main_process and step == 0:
+        best = validated(best)
 
     steps = Steps()
     progress = bar(loader, desc="phase 1", initial=step, total=total, disable=not main_process)

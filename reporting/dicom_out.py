@@ -6,8 +6,8 @@ capture     Secondary Capture, 8-bit RGB: the radiograph, tinted and outlined wh
 binary      Segmentation of one bit: where the map lies above its threshold
 
 fractional  Segmentation of eight bits: fraction = 1 / (1 + exp(-(map - threshold) / width)), width = scale_end / 8.
-            Strictly monotone until eight bits round it; 1/2 at the threshold, so that stored values of 128 and more are
-            the binary one; not a probability, though DICOM's word for a fraction that is no share of a pixel is that
+            Strictly monotone until eight bits round it; stored values of 128 and more are the binary one; not a
+            probability, though DICOM's word for a fraction that is no share of a pixel is that
 
 All have the rows and columns of the original, the capture with its strip below them, and pixel (r, c) is pixel (r, c).
 
@@ -22,8 +22,8 @@ everywhere, and becomes no distance in the patient. PatientOrientation and later
 segment is coded as an image region and nothing more: what differs from normals may be a filling as well as a lesion.
 
 Patient and study modules are copied as they are, in the character set of the source: keep these files as the original.
-UIDs follow from the source, the checkpoints, the settings and the pixels of the object (2.25., ISO/IEC 9834-8), so the
-same examination gives the same objects, at another time of creation, and an archive keeps them once.
+UIDs follow from the source and its patient, the checkpoints, the settings and the pixels of the object (2.25., ISO/IEC
+9834-8), so the same examination gives the same objects, at another time of creation, and an archive keeps them once.
 """
 
 import copy
@@ -63,6 +63,7 @@ TYPE_2 += ("AccessionNumber", "ReferringPhysicianName")  # they must be there, a
 LOSSY = (JPEGBaseline8Bit, JPEGExtended12Bit, JPEGLSNearLossless)
 OUTLINE, WEAK, STRONG = (0, 229, 255), (255, 221, 0), (255, 60, 0)  # RGB: cyan, and from yellow to red
 FAINTEST, DENSEST = 0.15, 0.35  # opacity of the tint: teeth show through
+LESS = 127 / 255  # the largest fraction of what does not lie above the threshold, once it is rounded
 SMALLEST_LETTER = 11  # pixels; smaller ones cannot be read
 
 
@@ -153,7 +154,10 @@ def make_objects(
     above = (np.asarray(anomaly_map, np.float64) > algorithm.threshold).astype(np.uint8)
     made = {"capture": _capture(source, captured(grey, anomaly_map, algorithm), algorithm)}
     made["binary"] = _segmentation(source, above, "BINARY", algorithm)
-    made["fractional"] = _segmentation(source, fraction_of(anomaly_map, algorithm), "FRACTIONAL", algorithm)
+    fraction = np.where(
+        above, fraction_of(anomaly_map, algorithm), np.minimum(fraction_of(anomaly_map, algorithm), LESS)
+    )
+    made["fractional"] = _segmentation(source, fraction, "FRACTIONAL", algorithm)
     for each in made.values():
         _adopt(each, source)
         _date(each, made_at)
@@ -174,7 +178,11 @@ def save(path: str | Path, content: bytes) -> None:
 
 def _uid(kind: str, source: Dataset, algorithm: Algorithm, pixels: NDArray | None = None) -> UID:
     """A UID that follows from what it names."""
-    known = [str(source[name].value) for name in NEEDED] + [VERSION, algorithm.parameters, algorithm.scale_end]
+    known = [str(source.get(name) or "") for name in (*NEEDED, *TYPE_2)] + [
+        VERSION,
+        algorithm.parameters,
+        algorithm.scale_end,
+    ]
     found = hashlib.sha256(json.dumps([kind, *known], sort_keys=True).encode())
     if pixels is not None:
         found.update(np.ascontiguousarray(pixels).tobytes())

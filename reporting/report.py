@@ -35,7 +35,8 @@ class Findings:
     entries: list[dict]  # of results.Unfinished, with what layers.save_layers gave as "report"
     shaping: dict  # of inference.shaping_results: settings, checkpoints, what normals say
     threshold: float  # of the score
-    false_positives: tuple[float, float]  # where the rate on new normals lies, thresholds.false_positive_interval
+    expected_rate: float  # of new normals above it, on average: thresholds.expected_false_positive_rate
+    false_positives: tuple[float, float]  # where that rate lies, thresholds.false_positive_interval
     metrics: dict | None  # of metrics.summarize
 
     @property
@@ -99,7 +100,7 @@ def summary(found: Findings) -> dict:
         "validation_normals": len(found.shaping["calibration"]["scores"]),
         "rate": rate,
         "interval": found.false_positives,
-        "expected": rate * len(rows),
+        "expected": found.expected_rate * len(rows),
         "expected_interval": [end * len(rows) for end in found.false_positives],
         "normals": len(normal),
         "normals_flagged": sum(normal),
@@ -134,7 +135,8 @@ def table_of_kinds(found: Findings) -> list[dict]:
         known = measured["kinds"].get(kind) if label == 1 else None
         lines.append(_line(kind or "(no kind)", LABELS[label], entries, known))
     if found.metrics:
-        lines.append(_line("all images", "", found.examined, measured["overall"]))
+        labelled = [entry for entry in found.examined if entry["row"][5] != ""]
+        lines.append(_line("all with a label", "", labelled, measured["overall"]))
         lines.append(_line("mean of kinds", "", [], measured["mean_over_kinds"]))
     return lines
 

@@ -59,7 +59,7 @@ def entry(index, score, label="", kind="", remarks="", name=None, shape=(64, 128
 
 
 def found_of(entries, metrics=None):
-    return Findings(entries, SHAPING, threshold=0.55, false_positives=(0.01, 0.2), metrics=metrics)
+    return Findings(entries, SHAPING, threshold=0.55, expected_rate=0.06, false_positives=(0.01, 0.2), metrics=metrics)
 
 
 def text_of(page):
