@@ -5,6 +5,7 @@ examination.
 import csv
 import dataclasses
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,6 +273,13 @@ def test_a_killed_move_leaves_no_file_without_an_owner(tmp_path, monkeypatch):
     refuse_to_replace(tmp_path)
     results_of(tmp_path, "a third", scores_csv="third").publish()
     assert listed(tmp_path) == ["examination.json", "scores.csv"]
+
+
+def test_results_that_were_moved_away_are_not_missed(tmp_path):
+    results_of(tmp_path, "old", scores_csv="old", maps_x="old").publish()
+    shutil.move(tmp_path / "maps", tmp_path / "archive")
+    results_of(tmp_path, "new", scores_csv="new").publish()
+    assert finished_entries(tmp_path, "new") == [] and listed(tmp_path / "archive") == ["x"]
 
 
 @pytest.mark.parametrize("how", ["removed", "emptied"])

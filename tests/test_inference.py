@@ -387,6 +387,21 @@ def test_a_copy_of_a_training_radiograph_is_remarked_on_whatever_its_format(call
     assert ["looks like a radiograph that trained" in remark for remark in remarks] == [False, False, True]
 
 
+def test_names_are_those_of_the_lookup_after_a_kill_while_results_are_moved(call, unlabelled, tmp_path, monkeypatch):
+    replace, out = os.replace, tmp_path / "phase4_inference"
+
+    def killed(source, target):
+        replace(source, target)
+        if Path(target) == out / LOOKUP:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        assert call("inference", "--data.test", unlabelled).code == 130
+    assert call("inference", "--data.test", unlabelled).code == 0
+    assert [row["name"] for row in table(out / "scores.csv")] == [row["name"] for row in table(out / LOOKUP)]
+
+
 def test_nothing_of_an_earlier_examination_stays(call, examined, unlabelled, tmp_path):
     out = shutil.copytree(examined.phase4, tmp_path / "phase4_inference")
     assert call("inference", "--data.test", unlabelled).code == 0

@@ -2,6 +2,7 @@
 
 import csv
 import stat
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -10,10 +11,10 @@ from PIL import Image
 from pipeline import ROOT
 
 from config import DataConfig
-from dataset import TWINS, open_datasets, read_sample
+from dataset import TWINS, open_datasets, read_sample, report_twins
 from phantoms import phantom
 from radiographs.likeness import MOST, _differences, fingerprint, looks_like_one_of, twins
-from radiographs.manifest import list_records, split_records
+from radiographs.manifest import Record, list_records, split_records
 from radiographs.reading import read_radiograph, rescale
 
 BENCH = ROOT.parent / "shared" / "data" / "ufba_bench"
@@ -110,3 +111,13 @@ def test_one_picture_under_two_patients_is_told_and_named_locally(patients, tmp_
     assert stat.S_IMODE((tmp_path / TWINS).stat().st_mode) == 0o600
     open_datasets(splits, config, 0, report)
     assert not (tmp_path / TWINS).exists()
+
+
+def test_many_alike_of_one_patient_do_not_hide_one_of_two(tmp_path):
+    """150 copies make 11,175 pairs that are nobody's business."""
+    print_ = np.random.default_rng(0).integers(0, 256, 32, dtype=np.uint8)
+    paths = [Path(f"{number}.png") for number in range(151)]
+    train = [Record(path, "train", None, "", None, "A", "manifest") for path in paths[:-1]]
+    val = [Record(paths[-1], "val", None, "", None, "B", "manifest")]
+    with pytest.warns(UserWarning, match="150 pairs"):
+        report_twins({"train": train, "val": val}, dict.fromkeys(paths, print_), tmp_path / TWINS)

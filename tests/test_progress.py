@@ -53,6 +53,17 @@ def test_quiet_leaves_errors_alone(flags, tmp_path):
     assert result.returncode == 2 and result.stderr.startswith("error: unknown flag --help-me") and not result.stdout
 
 
+def test_what_must_not_be_missed_is_heard_in_silence_too(capsys):
+    with progress.own_voice():
+        progress.warn("loud")
+        progress.be_quiet()
+        print("chatter")
+        progress.warn("three files are too coarse")
+    print("again")
+    shown = capsys.readouterr()
+    assert shown.out == "loud\nagain\n" and shown.err == "three files are too coarse\n"
+
+
 def test_a_quiet_phase_does_its_work_and_says_nothing_and_the_next_one_speaks(call, tmp_path):
     quiet = call("extract_latents", "--quiet", outputs=tmp_path / "quiet")
     assert (quiet.code, quiet.out) == (0, "") and (tmp_path / "quiet/phase2_latents/latents.json").is_file()
