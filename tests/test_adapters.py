@@ -14,8 +14,9 @@ from config import DataConfig
 from dataset import read_sample
 from radiographs.adapters import dc1000, dentex, plain, tufts, ufba
 from radiographs.adapters.__main__ import main
+from radiographs.adapters.drawing import draw
 from radiographs.adapters.rows import Row
-from radiographs.adapters.writing import DUPLICATES, draw
+from radiographs.adapters.writing import DUPLICATES
 from radiographs.manifest import list_records, split_records
 
 SIZE = (64, 128)
