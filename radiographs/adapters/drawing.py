@@ -10,8 +10,8 @@ from checks import UsageError
 from radiographs.adapters.rows import Box, Polygon, Row
 
 FARTHEST = 2**16  # pixels from the upper left corner; no corner of a tooth lies farther, and OpenCV would walk there
-MOST_CORNERS = 10_000  # of one polygon, and MOST_SHAPES of one radiograph: what is beyond takes minutes to draw
-MOST_SHAPES = 1_000
+MOST_CORNERS = 10_000  # of all polygons of a radiograph: these take OpenCV 10 s at worst, and soon minutes beyond
+MOST_SHAPES = 1_000  # of a radiograph
 
 
 def number(value: object) -> float:
@@ -74,14 +74,15 @@ def draw(row: Row, shape: tuple[int, int]) -> np.ndarray | None:
         )
     if len(row.boxes) + len(row.polygons) > MOST_SHAPES:
         raise _undrawable(row, f"{len(row.boxes) + len(row.polygons)} boxes and polygons", f"at most {MOST_SHAPES}")
+    count = sum(map(len, row.polygons))
+    if count > MOST_CORNERS:
+        raise _undrawable(row, f"polygons of {count} corners", f"at most {MOST_CORNERS}")
     mask = np.zeros(shape, np.uint8)
     for box in row.boxes:
         left, top, width, height = _near(row, box, (4,))
         first, across = max(0, int(np.floor(top))), max(0, int(np.floor(left)))
         mask[first : max(0, int(np.ceil(top + height))), across : max(0, int(np.ceil(left + width)))] = 255
     for polygon in filter(len, row.polygons):
-        if len(polygon) > MOST_CORNERS:
-            raise _undrawable(row, f"a polygon of {len(polygon)} corners", f"at most {MOST_CORNERS}")
         corners = np.round(_near(row, polygon, (len(polygon), 2))).astype(np.int32)
         cv2.fillPoly(mask, [corners.reshape(-1, 1, 2)], 255)  # one by one: together, what lies twice inside is outside
     return mask if mask.any() else None

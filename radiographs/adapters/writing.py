@@ -155,10 +155,12 @@ def _check_place(manifest: Path, rows: list[Row]) -> None:
 def _check_kinds(rows: list[Row]) -> None:
     """What a manifest could not give back: kinds that are written with an apostrophe, or contradict their label."""
     for row in rows:
-        if defused(row.kind) != row.kind:
-            raise UsageError(f"the kind {row.kind!r} would be taken for a formula: rename it to begin with a letter")
+        if defused(row.kind) != row.kind or not row.kind.isprintable() or row.kind != row.kind.strip():
+            raise UsageError(
+                f"the kind {row.kind!r} cannot stand in a manifest: rename it to begin with a letter, of plain text"
+            )
         if row.label is not None and (row.label == 0) != (row.kind == "normal") or (row.label == 1 and not row.kind):
-            raise UsageError(f"{row.image.name} has label {row.label} and the kind {row.kind!r}: give the kind a name")
+            raise UsageError(f"{row.image.name} has label {row.label} and the kind {row.kind!r}: give it a kind's name")
 
 
 def _check_free(manifest: Path, here: Path, masks: dict[Path, bytes]) -> None:
@@ -180,7 +182,10 @@ def _earlier(manifest: Path) -> set[str] | None:
     with open(manifest, newline="", encoding="utf-8-sig", errors="replace") as file:
         if file.readline().strip() != ",".join(COLUMNS):
             return None
-        return {row["mask"] for row in csv.DictReader(file, COLUMNS) if row["mask"]}
+        try:
+            return {row["mask"] for row in csv.DictReader(file, COLUMNS) if row["mask"]}
+        except csv.Error as error:
+            raise UsageError(f"{manifest} is damaged ({error}): move it away") from error
 
 
 def _is_there(path: Path) -> bool:
