@@ -53,9 +53,10 @@ def _write(given: argparse.Namespace) -> None:
     written = write_manifest(rows, given.out or home / "manifest.csv", given.name, about)
     try:
         print(_shown(describe(written, about), sys.stdout), flush=True)
-    except OSError:  # nobody reads it: what is left over would fail a second time at the end
+    except OSError as error:  # nobody reads it: what is left over could fail a second time at the end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+        reason = error.strerror or error
+        raise UsageError(f"{written.manifest} is written, but its summary cannot be printed ({reason})") from error
 
 
 def _end(words: str, code: int = 2) -> NoReturn:
