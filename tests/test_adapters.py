@@ -1,8 +1,13 @@
 """Public data sets as miniatures of their true layout: what was annotated is read back from the manifest."""
 
+import errno
 import json
+import os
 import shutil
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +19,9 @@ from config import DataConfig
 from dataset import read_sample
 from radiographs.adapters import dc1000, dentex, plain, tufts, ufba
 from radiographs.adapters.__main__ import main
+from radiographs.adapters.drawing import draw
 from radiographs.adapters.rows import Row
-from radiographs.adapters.writing import DUPLICATES, draw
+from radiographs.adapters.writing import DUPLICATES, _patients
 from radiographs.manifest import list_records, split_records
 
 SIZE = (64, 128)
@@ -320,3 +326,234 @@ def test_help_lists_the_sets_and_the_layout_of_one(capsys):
             main(words)
         said = capsys.readouterr().out
         assert end.value.code == 0 and all(word in said for word in expected)
+
+
+# ---------------------------------------------------------------- names, and what is there already
+
+
+def refused(capsys, *words):
+    """The one line that a command ends with."""
+    with pytest.raises(SystemExit) as end:
+        main([str(word) for word in words])
+    said = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(said) == 1 and said[0].startswith("error: ")
+    return said[0]
+
+
+def marked(home, names):
+    """A set of DENTEX's layout of which each image has a box of its own, at column 4 times its position."""
+    for i, name in enumerate(names):
+        image(home / DISEASES / "xrays" / name, i)
+    teeth = [(name, 1, [4 * i, 0, 4, 4], []) for i, name in enumerate(names)]
+    write(home / DISEASES / "train_quadrant_enumeration_disease.json", coco(names, teeth))
+    return home
+
+
+def test_names_that_differ_in_a_suffix_or_a_folder_keep_their_own_masks_and_patients(tmp_path, capsys):
+    names = ["1.png", "1.jpg", "x/y.png", "x__y.png", "train_0.tif", f"{'a' * 245}.png"]
+    main(["dentex", str(marked(tmp_path, names))])
+    records = list_records(tmp_path)
+    for i, record in enumerate(records):
+        expected = inside(slice(0, 4), slice(4 * i, 4 * i + 4))
+        np.testing.assert_array_equal(read_sample(record, CONFIG).mask, expected)
+    assert len(records) == len({record.patient for record in records}) == len(names)
+
+
+def test_whoever_looks_like_two_others_makes_one_patient_of_three(tmp_path):
+    rows = [Row(tmp_path / f"{i}.png") for i in range(5)]
+    patients = _patients(rows, [(1, 2), (0, 2), (3, 4)], tmp_path, "set")
+    assert patients == ["set/0.png"] * 3 + ["set/3.png"] * 2
+    assert _patients(rows, [(0, 2), (1, 2)], tmp_path, "set") == ["set/0.png"] * 3 + ["set/3.png", "set/4.png"]
+
+
+def test_names_that_no_manifest_holds_are_left_out_and_counted(tmp_path, capsys):
+    for folder in ("normals", "new"):
+        image(tmp_path / folder / "0.png", len(folder))
+        shutil.copy(tmp_path / folder / "0.png", os.fsencode(tmp_path / folder) + b"/\xff\xe9.png")
+    image(tmp_path / "new/ 1.png", 1)
+    main(["folder", str(tmp_path / "normals"), str(tmp_path / "new")])
+    assert "2 files whose names are not UTF-8" in capsys.readouterr().out
+    records = list_records(tmp_path)
+    assert len(records) == 3 and all(record.path.is_file() for record in records)
+
+
+def test_a_set_in_a_folder_of_any_bytes_is_listed_and_printed(small_tufts, capsys):
+    home = Path(os.fsdecode(os.fsencode(small_tufts) + b"/\xff"))
+    home.mkdir()
+    for name in ("Radiographs", "Expert"):
+        shutil.move(small_tufts / name, home / name)
+    main(["tufts", str(home)])
+    assert "\\udcff/manifest.csv" in capsys.readouterr().out and len(list_records(home)) == 4
+
+
+@pytest.mark.parametrize("kind", ["Cyst ", "NORMAL", "fracture of the jaw, old"])
+def test_the_name_of_a_kind_is_read_back_as_it_was_listed(tmp_path, capsys, kind):
+    image(tmp_path / "normals/0.png", 0)
+    image(tmp_path / "new" / kind / "1.png", 1)
+    main(["folder", str(tmp_path / "normals"), str(tmp_path / "new"), "--kinds"])
+    record = list_records(tmp_path)[1]
+    assert record.kind == kind.strip().lower() and record.label == int(record.kind != "normal")
+
+
+@pytest.mark.parametrize("kind", ["=cmd", " =cmd", "@x", "  "])
+def test_a_kind_that_a_manifest_would_change_is_refused(tmp_path, capsys, kind):
+    image(tmp_path / "normals/0.png", 0)
+    image(tmp_path / "new" / kind / "1.png", 1)
+    words = refused(capsys, "folder", tmp_path / "normals", tmp_path / "new", "--kinds")
+    assert repr(kind.strip()) in words and not (tmp_path / "manifest.csv").exists()
+
+
+def test_files_of_a_hand_are_not_overwritten(tmp_path, capsys):
+    marked(tmp_path, ["1.png"])
+    main(["dentex", str(tmp_path)])
+    (mask,) = (tmp_path / "masks/dentex").iterdir()
+    own = mask.read_bytes()
+    for path in (mask, tmp_path / DUPLICATES):
+        (tmp_path / "manifest.csv").unlink(missing_ok=True)
+        (tmp_path / DUPLICATES).unlink(missing_ok=True)
+        path.write_bytes(b"a hand's")
+        words = refused(capsys, "dentex", tmp_path)
+        assert f"{path} is there already" in words and "move it away" in words
+        assert path.read_bytes() == b"a hand's" and not (tmp_path / "manifest.csv").exists()
+        path.unlink()
+    mask.write_bytes(own)  # what an interrupted run leaves
+    main(["dentex", str(tmp_path)])
+
+
+def test_masks_that_an_earlier_manifest_lists_are_drawn_anew(tmp_path, capsys):
+    main(["dentex", str(marked(tmp_path, ["1.png"]))])
+    content = coco(["1.png"], [("1.png", 1, [0, 0, 9, 9], [])])
+    write(tmp_path / DISEASES / "train_quadrant_enumeration_disease.json", content)
+    main(["dentex", str(tmp_path)])
+    np.testing.assert_array_equal(read_sample(list_records(tmp_path)[0], CONFIG).mask, inside(slice(0, 9), slice(0, 9)))
+
+
+# ---------------------------------------------------------------- annotations that are damaged
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"polygons": (((0, 0), (float("nan"), 0), (5, 5)),)},
+        {"polygons": (((0, 0), (1e12, 0), (5, 5)),)},
+        {"polygons": (((0, 0), (5,), (5, 5)),)},
+        {"polygons": (tuple((i % 100, i % 7) for i in range(200_000)),)},
+        {"polygons": (((0, 0), (9, 0), (9, 9)),) * 5000},
+        {"boxes": ((0, 0, float("inf"), 5),)},
+        {"boxes": ((10**400, 0, 5, 5),)},
+        {"boxes": ((0, 0, 5, 5),) * 5000},
+    ],
+)
+def test_what_cannot_be_drawn_names_the_image(tmp_path, shapes):
+    with pytest.raises(UsageError, match=r"the annotation of 7\.png has .* expected are"):
+        draw(Row(tmp_path / "7.png", **shapes), SIZE)
+
+
+def test_an_outline_that_leaves_the_picture_is_cut_there(tmp_path):
+    drawn = draw(Row(tmp_path, polygons=(((-500, 10), (60_000, 10), (60_000, 19), (-500, 19)),)), SIZE)
+    np.testing.assert_array_equal(drawn > 0, inside(slice(10, 20), slice(None)))
+
+
+def one_tooth(home, **changed):
+    """A set of one image whose tooth or entry has something else there, and its annotation."""
+    marked(home, ["1.png"])
+    annotation = home / DISEASES / "train_quadrant_enumeration_disease.json"
+    content = json.loads(annotation.read_text())
+    for place in (content["annotations"][0], content["images"][0]):
+        place |= {name: value for name, value in changed.items() if name in place}
+    write(annotation, content)
+    return annotation
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"bbox": ["a", "b", "c", "d"]},
+        {"bbox": [1, 2]},
+        {"bbox": [1, 2, 3, float("nan")]},
+        {"bbox": [1, 2, 3, 10**400]},
+        {"bbox": "1234"},
+        {"bbox": None},
+        {"segmentation": [["a", "b", "c", "d", "e", "f"]]},
+        {"segmentation": [[1, 2, 3, 4, 5]]},
+        {"segmentation": ["abcdef"]},
+        {"height": "forty"},
+        {"height": None},
+        {"image_id": []},
+        {"file_name": 5},
+    ],
+)
+def test_a_damaged_annotation_is_named_with_what_is_expected(tmp_path, capsys, changed):
+    annotation = one_tooth(tmp_path, **changed)
+    words = refused(capsys, "dentex", tmp_path)
+    assert str(annotation) in words and "is not as dentex has it" in words and "expected" in words
+
+
+def test_numbers_may_be_text_and_an_empty_outline_leaves_the_box(tmp_path, capsys):
+    one_tooth(tmp_path, height="64", bbox=["0", "0", "4.0", "8"], segmentation=[[]])
+    main(["dentex", str(tmp_path)])
+    np.testing.assert_array_equal(read_sample(list_records(tmp_path)[0], CONFIG).mask, inside(slice(0, 8), slice(0, 4)))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".png", "a\0.png", "\ud800.png"])
+def test_names_that_no_file_can_have_are_not_there(tmp_path, capsys, name):
+    one_tooth(tmp_path, file_name=name)
+    assert "none of the 1 radiographs" in refused(capsys, "dentex", tmp_path)
+
+
+@pytest.mark.parametrize("ring", [[[1, 2], [3], [4, 5]], [["a", 1], ["b", 2], ["c", 3]], "abc", 5, [1, 2, 3]])
+def test_a_damaged_outline_of_tufts_is_named(small_tufts, capsys, ring):
+    content = [{"External ID": "1.jpg", "Label": {"objects": [{"title": "Cyst", "polygons": [ring]}]}}]
+    write(small_tufts / "Expert/expert.json", content)
+    words = refused(capsys, "tufts", small_tufts)
+    assert "expert.json is not as tufts has it" in words and "expected is a list of" in words
+
+
+def test_a_damaged_label_of_the_test_is_named(small_dentex, capsys):
+    path = small_dentex / "test_data/disease/label/test_1.json"
+    write(path, {"shapes": [{"label": "1-kanal-3", "points": [[1, 2], [3]]}], "imageHeight": 64, "imageWidth": 128})
+    assert f"{path} is not as dentex has it" in refused(capsys, "dentex", small_dentex)
+
+
+def test_json_that_is_nested_too_deep_is_one_line(small_tufts, capsys):
+    (small_tufts / "Expert/expert.json").write_text("[" * 200_000 + "]" * 200_000)
+    assert "expert.json cannot be read as JSON" in refused(capsys, "tufts", small_tufts)
+
+
+def test_a_radiograph_that_is_listed_twice_is_refused(tmp_path, capsys):
+    marked(tmp_path, ["1.png"])
+    content = coco(["1.png", "1.png"], [])
+    write(tmp_path / DISEASES / "train_quadrant_enumeration_disease.json", content)
+    assert "names 1.png 2 times" in refused(capsys, "dentex", tmp_path)
+
+
+# ---------------------------------------------------------------- outputs that cannot be written
+
+
+def test_an_out_that_is_a_folder_is_refused(small_tufts, capsys):
+    (small_tufts / "out").mkdir()
+    assert "give --out a file" in refused(capsys, "tufts", small_tufts, "--out", small_tufts)
+    (small_tufts / "manifest.csv").mkdir()
+    assert "give --out a file" in refused(capsys, "tufts", small_tufts)
+
+
+def test_masks_that_is_a_file_is_one_line(small_tufts, capsys):
+    (small_tufts / "masks").write_text("mine")
+    assert str(small_tufts / "masks") in refused(capsys, "tufts", small_tufts)
+    assert (small_tufts / "masks").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(small_tufts, capsys, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "manifest.csv")
+
+    monkeypatch.setattr("files.os.replace", denied)  # root may write anywhere
+    assert "Permission denied: manifest.csv: see to its rights" in refused(capsys, "tufts", small_tufts)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_output_that_nobody_can_read_is_one_line(small_tufts):
+    command = [sys.executable, "-m", "radiographs.adapters", "tufts", str(small_tufts)]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(command, cwd=Path(__file__).parent.parent, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "summary cannot be printed" in ran.stderr

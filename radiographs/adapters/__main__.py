@@ -9,10 +9,15 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn, TextIO
+
+import cv2
 
 from checks import UsageError
 from radiographs.adapters import dc1000, dentex, plain, tufts, ufba
+from radiographs.adapters.rows import MISUNDERSTOOD
 from radiographs.adapters.writing import describe, write_manifest
+from radiographs.reading import ImageReadError
 
 SETS = {"dentex": dentex, "tufts": tufts, "ufba": ufba, "dc1000": dc1000}  # a set is one module and one line here
 
@@ -21,28 +26,48 @@ def main(words: list[str] | None = None) -> None:
     """Write the manifest of one set and say what it holds; one line on stderr and exit code 2 if that cannot be."""
     given = _parser().parse_args(words)
     try:
-        if given.name == "folder":
-            about, rows = plain.ABOUT, plain.rows(given.normals, given.test, given.kinds)
-            home = Path(os.path.commonpath([os.path.abspath(given.normals), os.path.abspath(given.test)]))
-        else:
-            about, home = SETS[given.name].ABOUT, given.folder
-            if not home.is_dir():
-                raise UsageError(f"{home} is no folder: name the folder that the set was unpacked into")
-            try:
-                rows = SETS[given.name].rows(home)
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                raise UsageError(
-                    f"an annotation below {home} is not as {given.name} has it ({type(error).__name__}: {error}): "
-                    "unpack the set again"
-                ) from error
-        written = write_manifest(rows, given.out or home / "manifest.csv", given.name, about)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _write(given)
     except KeyboardInterrupt:
-        print("error: interrupted; the same command starts anew", file=sys.stderr)
-        sys.exit(130)
-    print(describe(written, about))
+        _end("interrupted; the same command starts anew", 130)
+    except (UsageError, ImageReadError) as error:
+        _end(str(error))
+    except OSError as error:  # a folder that cannot be written, a file where a folder should be
+        remedy = "see to its rights, and that no file or folder of that name is in the way"
+        _end(f"{error.strerror or error}: {error.filename or 'the output'}: {remedy}")
+    except MemoryError:
+        _end("the machine has too little memory for these radiographs")
+    except (*MISUNDERSTOOD, cv2.error) as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        _end(f"{given.name}: a file is not as the set has it ({reason}): unpack the set again")
+
+
+def _write(given: argparse.Namespace) -> None:
+    if given.name == "folder":
+        about, rows = plain.ABOUT, plain.rows(given.normals, given.test, given.kinds)
+        home = Path(os.path.commonpath([os.path.abspath(given.normals), os.path.abspath(given.test)]))
+    else:
+        about, home = SETS[given.name].ABOUT, given.folder
+        if not home.is_dir():
+            raise UsageError(f"{home} is no folder: name the folder that the set was unpacked into")
+        rows = SETS[given.name].rows(home)
+    written = write_manifest(rows, given.out or home / "manifest.csv", given.name, about)
+    try:
+        print(_shown(describe(written, about), sys.stdout), flush=True)
+    except OSError as error:  # nobody reads it: what is left over could fail a second time at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        reason = error.strerror or error
+        raise UsageError(f"{written.manifest} is written, but its summary cannot be printed ({reason})") from error
+
+
+def _end(words: str, code: int = 2) -> NoReturn:
+    print(f"error: {_shown(' '.join(words.splitlines()), sys.stderr)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _shown(text: str, stream: TextIO) -> str:
+    """What a stream can print of it: names may be of any bytes."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _parser() -> argparse.ArgumentParser:

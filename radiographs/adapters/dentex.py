@@ -18,7 +18,8 @@ stand for, so that none is put in another's place.
 from collections import defaultdict
 from pathlib import Path
 
-from radiographs.adapters.rows import About, Box, Row, find, kind_of, layout_missing, read_json
+from radiographs.adapters.drawing import box_of, flat_polygon_of, polygon_of, size_of
+from radiographs.adapters.rows import About, Box, Polygon, Row, find, kind_of, layout_missing, read_json, understood
 from radiographs.reading import find_radiographs
 
 ABOUT = About(
@@ -33,6 +34,8 @@ ABOUT = About(
 )
 UNDIAGNOSED = ("quadrant", "quadrant_enumeration", "unlabelled")
 DISEASES = "train_quadrant_enumeration_disease.json"
+COCO = "COCO's images, annotations (bbox: four numbers, segmentation: lists of x, y, x, y, ...) and categories_3"
+LABELME = "LabelMe's shapes (label: GROUP-WORD-TOOTH, points: [[x, y], ...]), imageHeight and imageWidth"
 SOUND = "saglam"
 WORDS = {
     "çürük": "caries",
@@ -70,25 +73,30 @@ def _undiagnosed(folder: Path, part: str) -> list[Row]:
 def _diagnosed(annotation: Path, images: Path, split: str) -> list[Row]:
     """A part whose abnormal teeth were marked, in COCO's layout."""
     content = read_json(annotation)
-    names = {category["id"]: category["name"] for category in content["categories_3"]}
-    teeth = defaultdict(list)
-    for tooth in content["annotations"]:
-        teeth[tooth["image_id"]].append(tooth)
-    return [_row(images, entry, teeth[entry["id"]], names, split) for entry in content["images"]]
+    with understood(annotation, "dentex", COCO):
+        names = {category["id"]: category["name"] for category in content["categories_3"]}
+        teeth = defaultdict(list)
+        for tooth in content["annotations"]:
+            teeth[tooth["image_id"]].append(tooth)
+        return [_row(images, entry, teeth[entry["id"]], names, split) for entry in content["images"]]
 
 
 def _row(images: Path, entry: dict, teeth: list[dict], names: dict[int, str], split: str) -> Row:
-    outlined = [tooth for tooth in teeth if isinstance(tooth.get("segmentation"), list) and tooth["segmentation"]]
-    rings = [ring for tooth in outlined for ring in tooth["segmentation"]]
+    outlines = [_rings(tooth.get("segmentation")) for tooth in teeth]
     return Row(
         image=images / entry["file_name"],
         split=split,
         label=int(bool(teeth)),
         kind=kind_of(names[tooth["category_id_3"]] for tooth in teeth),
-        boxes=tuple(tuple(tooth["bbox"]) for tooth in teeth if tooth not in outlined),
-        polygons=tuple(tuple(zip(ring[0::2], ring[1::2], strict=True)) for ring in rings),
-        size=(entry["height"], entry["width"]),
+        boxes=tuple(box_of(tooth["bbox"]) for tooth, rings in zip(teeth, outlines, strict=True) if not rings),
+        polygons=tuple(ring for rings in outlines for ring in rings),
+        size=size_of(entry["height"], entry["width"]),
     )
+
+
+def _rings(segmentation: object) -> list[Polygon]:
+    """The outlines of a tooth; none where it has but a box: [], [[]], null or a run-length code."""
+    return [flat_polygon_of(ring) for ring in segmentation if ring] if isinstance(segmentation, list) else []
 
 
 def _tested(labels: Path) -> list[Row]:
@@ -97,22 +105,27 @@ def _tested(labels: Path) -> list[Row]:
     found = []
     for path in sorted(labels.glob("*.json")):
         content = read_json(path)
-        shapes = [(shape["label"].split("-")[-2], shape["points"]) for shape in content["shapes"]]
-        teeth = [(word, points) for word, points in shapes if word != SOUND]
-        row = Row(
-            image=images.get(path.stem, labels.parent / "input" / f"{path.stem}.png"),
-            split="test",
-            label=int(bool(teeth)),
-            kind=kind_of(WORDS.get(word, word) for word, _ in teeth),
-            boxes=tuple(_box(*points) for _, points in teeth if len(points) == 2),
-            polygons=tuple(tuple(map(tuple, points)) for _, points in teeth if len(points) > 2),
-            size=(content["imageHeight"], content["imageWidth"]),
-        )
-        found.append(row)
+        with understood(path, "dentex", LABELME):
+            image = images.get(path.stem, labels.parent / "input" / f"{path.stem}.png")
+            found.append(_tested_row(image, content))
     return found
 
 
-def _box(one: list[float], other: list[float]) -> Box:
+def _tested_row(image: Path, content: dict) -> Row:
+    shapes = [(shape["label"].split("-")[-2], polygon_of(shape["points"])) for shape in content["shapes"]]
+    teeth = [(word, points) for word, points in shapes if word != SOUND]
+    return Row(
+        image=image,
+        split="test",
+        label=int(bool(teeth)),
+        kind=kind_of(WORDS.get(word, word) for word, _ in teeth),
+        boxes=tuple(_box(*points) for _, points in teeth if len(points) == 2),
+        polygons=tuple(points for _, points in teeth if len(points) > 2),
+        size=size_of(content["imageHeight"], content["imageWidth"]),
+    )
+
+
+def _box(one: tuple[float, float], other: tuple[float, float]) -> Box:
     """LabelMe's rectangle, two opposite corners."""
     (left, right), (top, bottom) = (sorted(pair) for pair in zip(one, other, strict=True))
     return left, top, right - left, bottom - top

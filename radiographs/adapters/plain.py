@@ -40,5 +40,5 @@ def _row(path: Path, test: Path, kinds: bool) -> Row:
     parts = path.relative_to(test).parts
     if not kinds or len(parts) == 1:
         return Row(path, "test")
-    kind = parts[0].lower()
+    kind = parts[0].strip().lower()  # as a manifest is read
     return Row(path, "test", int(kind != "normal"), kind)

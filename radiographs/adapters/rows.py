@@ -1,7 +1,8 @@
 """Leaf: what an adapter says of each radiograph of a public set, and how it finds its way in the set's folders."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from checks import UsageError
 
 Box = tuple[float, float, float, float]  # left, top, width, height, in pixels from the upper left corner
 Polygon = tuple[tuple[float, float], ...]  # corners (x, y) in the same pixels
+MISUNDERSTOOD = (LookupError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,22 @@ def read_json(path: Path) -> Any:
     """The content of an annotation; UsageError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise UsageError(f"{path} cannot be read as JSON (it is nested too deep): unpack the set again") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as JSON ({error}): unpack the set again") from error
+
+
+@contextmanager
+def understood(path: Path, name: str, expected: str) -> Iterator[None]:
+    """Within it, what an annotation has otherwise than the set of this name is a UsageError that names the file."""
+    try:
+        yield
+    except MISUNDERSTOOD as error:
+        reason = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UsageError(
+            f"{path} is not as {name} has it ({reason}): expected is {expected}; unpack the set again"
+        ) from error
 
 
 def layout_missing(folder: Path, name: str, wanted: str) -> UsageError:

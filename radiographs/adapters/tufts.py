@@ -14,7 +14,8 @@ outlines have one or two points and cover nothing.
 
 from pathlib import Path
 
-from radiographs.adapters.rows import About, Row, find, kind_of, layout_missing, read_json
+from radiographs.adapters.drawing import polygon_of
+from radiographs.adapters.rows import About, Row, find, kind_of, layout_missing, read_json, understood
 from radiographs.reading import find_radiographs
 
 ABOUT = About(
@@ -26,6 +27,7 @@ ABOUT = About(
     marks="the abnormality as the expert outlined it",
 )
 NOTHING = ("none", "")
+EXPECTED = "a list of {External ID, Label: {objects: [{title, polygons: [[[x, y], ...], ...]}]}}"
 
 
 def rows(folder: Path) -> list[Row]:
@@ -33,8 +35,10 @@ def rows(folder: Path) -> list[Row]:
     radiographs, annotation = find(folder, "Radiographs"), find(folder, "Expert/expert.json")
     if not radiographs or not annotation:
         raise layout_missing(folder, "the Tufts Dental Database", "Radiographs/ and Expert/expert.json")
-    records = {_number(record["External ID"]): record for record in read_json(annotation)}
-    return [_row(path, records.get(_number(path.name))) for path in find_radiographs(radiographs)]
+    content, images = read_json(annotation), find_radiographs(radiographs)
+    with understood(annotation, "tufts", EXPECTED):
+        records = {_number(record["External ID"]): record for record in content}
+        return [_row(path, records.get(_number(path.name))) for path in images]
 
 
 def _number(name: str) -> str:
@@ -45,8 +49,8 @@ def _number(name: str) -> str:
 def _row(image: Path, record: dict | None) -> Row:
     if record is None:
         return Row(image)
-    findings = [found for found in record["Label"]["objects"] if str(found["title"]).lower() not in NOTHING]
+    findings = [found for found in record["Label"]["objects"] if str(found["title"]).strip().lower() not in NOTHING]
     outlined = [found["polygons"] for found in findings if isinstance(found["polygons"], list)]
-    rings = [tuple(map(tuple, ring)) for polygons in outlined for ring in polygons if len(ring) > 2]
+    rings = [polygon_of(ring) for polygons in outlined for ring in polygons if len(ring) > 2]
     kind = kind_of(str(found["title"]) for found in findings)
     return Row(image, label=int(bool(findings)), kind=kind, polygons=tuple(rings))
