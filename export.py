@@ -8,8 +8,8 @@ Writes  --out DIR: vae, network, calibration and reader as .safetensors, normali
 
 Beside the flags of config.py, which are phase 4's:
 
---out DIR           the folder; one that holds something else is left alone, and an earlier export is whole until the new
-                    one is (.DIR.exporting beside it); a README.md that you edited since is kept
+--out DIR           the folder; one that holds something else is left alone, an earlier export stays whole until the new
+                    one is (in .DIR.exporting, beside it), and a README.md that you edited since is kept
 --members True      also who trained, as salted hashes, so that they are refused as in phase 4; for use at home
 --license NAME      the hub's name of the licence that the card shall say (other)
 
@@ -58,7 +58,6 @@ def main() -> None:
     own, rest = own_flags(sys.argv[1:])
     command = parse_command(__doc__, rest)
     folder = folder_to_write(own.out)
-    edited = edited_card(folder)
     model, config = open_normalizer(command)
     calibration = kept_calibration(model, config)
     metrics = metrics_of(calibration, config)
@@ -67,6 +66,7 @@ def main() -> None:
     try:
         write_weights(staged, model, calibration, config, own.members == "True")
         draw_example(staged / PICTURE, model, calibration, config)
+        edited = edited_card(folder)
         if edited is None:
             card = model_card(facts_of(folder, own, model, calibration, config, metrics)).encode()
         else:
@@ -175,10 +175,10 @@ def put_in_place(staged: Path, folder: Path) -> None:
             os.rename(place, before)
         os.rename(staged, place)
     except BaseException:
-        if before.is_dir() and not place.exists():
+        if (before / CONTENTS).is_file() and not place.exists():
             os.rename(before, place)
         raise
-    if before.is_dir():
+    if (before / CONTENTS).is_file():
         shutil.rmtree(before)
 
 
