@@ -11,6 +11,7 @@ calibration.save(folder); Calibration.load(folder, "statistical")
 Views are (B, V, H, W), features (B, F, H, W) with F = V times the number of blurs.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -74,6 +75,12 @@ class Calibration:
     def score_threshold(self, image_fpr: float) -> float:
         """The score that at most this share of the validation normals exceeds."""
         return threshold_from_normals(self.scores, image_fpr)
+
+    def validation_normals(self) -> dict:
+        """What metrics.json says of them: by it export.py knows figures of these very settings and checkpoints."""
+        belongs_to = hashlib.sha256(json.dumps(self.belongs_to, sort_keys=True).encode()).hexdigest()
+        errors = {"identity_error": self.identity_error, "vae_error": self.vae_error}
+        return {"images": len(self.scores), **errors, "belongs_to_sha256": belongs_to}
 
     def coarser(self, shape: tuple[int, int], config: Config) -> bool:
         """Whether a file of this shape shows less of what the method looks at than any validation normal's.

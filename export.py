@@ -8,7 +8,8 @@ Writes  --out DIR: vae, network, calibration and reader as .safetensors, normali
 
 Beside the flags of config.py, which are phase 4's:
 
---out DIR           the folder; one that holds something else is left alone
+--out DIR           the folder; one that holds something else is left alone, an earlier export stays whole until the new
+                    one is (in .DIR.exporting, beside it), and a README.md that you edited since is kept
 --members True      also who trained, as salted hashes, so that they are refused as in phase 4; for use at home
 --license NAME      the hub's name of the licence that the card shall say (other)
 
@@ -23,7 +24,9 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -35,14 +38,15 @@ from checks import UsageError
 from command_line import parse_command
 from config import Config
 from examination import kept_reader, open_normalizer
-from exported import CONTENTS, load, seal, write_weights
-from files import write_atomically
+from exported import CONTENTS, load, read_contents, seal, write_weights
+from files import sha256, write_atomically
 from image_ops import residual_components
 from normalizer import Normalizer
 from phantoms.phantom import draw_phantom
 from radiographs.geometry import fit_detail, fit_mask
 from reporting.card import CardFacts, model_card
 from reporting.figures import ColourScale, save_result
+from reporting.summary import metrics_table
 from runtime import run_script
 from survey import magnification_of
 
@@ -58,14 +62,23 @@ def main() -> None:
     calibration = kept_calibration(model, config)
     metrics = metrics_of(calibration, config)
 
-    (folder / CONTENTS).unlink(missing_ok=True)  # removed first, written last: a folder without it is not whole
-    write_weights(folder, model, calibration, config, own.members == "True")
-    draw_example(folder / PICTURE, model, calibration, config)
-    card = model_card(facts_of(folder, own, model, calibration, config, metrics))
-    write_atomically(folder / CARD, lambda beside: beside.write_text(card, encoding="utf-8"))
-    seal(folder)
+    staged = new_beside(folder)
+    try:
+        write_weights(staged, model, calibration, config, own.members == "True")
+        draw_example(staged / PICTURE, model, calibration, config)
+        edited = edited_card(folder)
+        if edited is None:
+            card = model_card(facts_of(folder, own, model, calibration, config, metrics)).encode()
+        else:
+            print(f"{folder / CARD} was edited and is kept; remove it to have one written anew")
+            card = edited
+        write_atomically(staged / CARD, lambda beside: beside.write_bytes(card))
+        seal(staged, frozenset() if edited is None else frozenset({CARD}))
+        load(staged)  # what cannot be read back is told here and not where it was sent
+        put_in_place(staged, folder)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
-    load(folder)  # what cannot be read back is told here and not where it was sent
     size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
     print(f"wrote {folder}: {size:.1f} MiB, method {calibration.method}; read {folder / CARD} before you pass it on")
 
@@ -88,13 +101,85 @@ def own_flags(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def folder_to_write(folder: Path) -> Path:
-    """A new folder, an empty one, or one of an earlier export; UsageError for any other."""
+    """A new folder, an empty one, or one of an earlier export, whole; UsageError for any other. Writes nothing new."""
+    try:
+        f"{folder}{folder.resolve()}".encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"--out {ascii(str(folder))} is not UTF-8: choose a name that is") from error
+    before = beside(folder, "before")
+    if (before / CONTENTS).is_file() and not folder.exists():
+        os.rename(before, folder.resolve())  # an earlier export was killed between two names
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / CONTENTS).is_file():
-        raise UsageError(f"{folder} holds something else: choose another --out, or empty it")
-    folder.mkdir(parents=True, exist_ok=True)
+    if os.path.ismount(folder):
+        raise UsageError(f"{folder} is a disk of its own, which cannot be replaced as a whole: name a folder inside it")
+    refuse_strangers(folder)
     return folder
+
+
+def refuse_strangers(folder: Path) -> None:
+    """UsageError if there is a file that no export wrote: the folder is replaced as a whole."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / CONTENTS).is_file():
+        raise UsageError(f"{folder} holds something else: choose another --out, or empty it")
+    try:
+        written = {*read_contents(folder), CONTENTS, CARD}
+    except UsageError as error:
+        reason = f"its {CONTENTS} is damaged or of another version, so that nobody knows which files an export wrote"
+        raise UsageError(f"{folder}: {reason}: choose another --out, or empty it") from error
+    strangers = sorted(path.name for path in folder.iterdir() if path.name not in written or not path.is_file())
+    if strangers:
+        raise UsageError(
+            f"{folder} holds what no export wrote ({ascii(strangers[0])}, {len(strangers)} in all): move it away, or "
+            "choose another --out"
+        )
+
+
+def edited_card(folder: Path) -> bytes | None:
+    """The card of an earlier export if its owner changed it since; contents.json then names none or another."""
+    path = folder / CARD
+    if not path.is_file() or sha256(path) == read_contents(folder).get(CARD):
+        return None
+    return path.read_bytes()
+
+
+def beside(folder: Path, what: str) -> Path:
+    """A hidden neighbour of a folder, which may not exist, such as .normalizer.exporting."""
+    place = folder.resolve()
+    return place.with_name(f".{place.name}.{what}")
+
+
+def new_beside(folder: Path) -> Path:
+    """The empty folder in which the new export is made; what a killed one left there is removed."""
+    staged, before = beside(folder, "exporting"), beside(folder, "before")
+    leftovers = [staged] if staged.exists() else []
+    if (before / CONTENTS).is_file():
+        leftovers.append(before)
+    for leftover in leftovers:
+        shutil.rmtree(leftover)
+    staged.mkdir(parents=True)
+    if folder.is_dir():
+        shutil.copymode(folder, staged)
+    return staged
+
+
+def put_in_place(staged: Path, folder: Path) -> None:
+    """The new folder under the name of the old one, which is removed last, or has its name again if this fails."""
+    refuse_strangers(folder)  # somebody may have put something there meanwhile
+    place, before = folder.resolve(), beside(folder, "before")
+    try:
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()
+        if place.is_dir():
+            os.rename(place, before)
+        os.rename(staged, place)
+    except BaseException:
+        if (before / CONTENTS).is_file() and not place.exists():
+            os.rename(before, place)
+        raise
+    if (before / CONTENTS).is_file():
+        shutil.rmtree(before)
 
 
 def kept_calibration(model: Normalizer, config: Config) -> Calibration:
@@ -114,17 +199,23 @@ def kept_calibration(model: Normalizer, config: Config) -> Calibration:
 
 
 def metrics_of(calibration: Calibration, config: Config) -> dict | None:
-    """What phase 4 measured, if it did so with this calibration."""
+    """What phase 4 measured, if it did so with this calibration; otherwise a line says why the card has no figures."""
     path = Path(config.inference.output) / "metrics.json"
-    if not path.is_file():
+    try:
+        if not path.is_file():
+            print(f"{path} is missing: the card goes without figures")
+            return None
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        same = metrics["validation_normals"] == calibration.validation_normals()
+        metrics_table(metrics)  # whether the card can show them
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        again = "python inference.py --runtime.resume False writes it anew"
+        print(f"{path} is damaged ({type(error).__name__}): the card goes without figures; {again}")
         return None
-    metrics = json.loads(path.read_text(encoding="utf-8"))
-    errors = {"identity_error": calibration.identity_error, "vae_error": calibration.vae_error}
-    if metrics.get("validation_normals") != {"images": len(calibration.scores), **errors}:
-        print(f"{path} is of other checkpoints or settings: the card goes without figures")
-        return None
-    written = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))["inference"]["method"]
-    return metrics if written == calibration.method else None
+    if not same:
+        again = "python inference.py --runtime.resume False measures with these"
+        print(f"{path} is of other checkpoints, settings or version: the card goes without figures; {again}")
+    return metrics if same else None
 
 
 def draw_example(path: Path, model: Normalizer, calibration: Calibration, config: Config) -> None:

@@ -35,7 +35,7 @@ from normalizer import Normalizer
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from radiographs.membership import Membership
-from radiographs.reading import read_header
+from radiographs.reading import ImageReadError, read_header
 from reader import Reader
 from runtime import plain
 from survey import magnification_of
@@ -44,6 +44,7 @@ FORMAT = 1  # of the folder; raise it when a reader of the old one would misread
 NORMALIZER, CONTENTS = "normalizer.json", "contents.json"
 VAE, NETWORK, CALIBRATION, READER = (f"{name}.safetensors" for name in ("vae", "network", "calibration", "reader"))
 PLACES = ("vae_checkpoint", "flow_checkpoint", "calibration", "output")  # of InferenceConfig: where files lay
+DAMAGED = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, OSError)
 REMEDY = "copy the folder again, or run python export.py again"
 
 
@@ -72,6 +73,8 @@ class Judge:
     def __call__(self, path: str | Path) -> Judged:
         """ImageReadError if the file is no radiograph; UsageError if it, or its patient, is known to have trained."""
         calibration, config, times = self.calibration, self.config, magnification_of(self.config)
+        if not read_header(path).is_image:
+            raise ImageReadError(path, "a DICOM object that is no image of a radiograph")
         record = Record(Path(path), None, None, "", None, "", "file")
         sample = read_sample(record, config.data, times, tuple(calibration.file_sizes[1]))
         if self.model.members:
@@ -144,9 +147,9 @@ def write_weights(folder: Path, model: Normalizer, calibration: Calibration, con
     write_sealed_json(folder / NORMALIZER, json.loads(json.dumps(whole)))
 
 
-def seal(folder: Path) -> None:
-    """contents.json: the SHA-256 of every file of the folder."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CONTENTS)
+def seal(folder: Path, foreign: frozenset[str] = frozenset()) -> None:
+    """contents.json: the SHA-256 of every file of the folder but those of these names, which are somebody else's."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in {CONTENTS, *foreign})
     write_sealed_json(folder / CONTENTS, {"format": FORMAT, "sha256": {path.name: sha256(path) for path in files}})
 
 
@@ -163,45 +166,80 @@ def load(folder: str | Path, device: torch.device | str = "cpu") -> Normalizer:
 
     On a GPU float32 is float32: TF32 is switched off for convolutions of the whole process, as in phase 4.
     """
-    folder, device = Path(folder), torch.device(device)
-    content = _checked(folder)
+    folder, device = Path(folder), _usable(device)
+    known = read_contents(folder)
     if device.type == "cuda":
         torch.backends.cudnn.allow_tf32 = False
     try:
-        model = _networks(folder, content, device)
-        config = _config(content)
-        model.settings, model.seed = config.inference, config.runtime.seed
-        reader = _reader(folder, content["reader"], device) if content["reader"] else None
-        arrays = {name: value.numpy() for name, value in _tensors(folder / CALIBRATION).items()}
-        calibration = Calibration.of_parts(content["normals"], arrays, reader)
-    except (KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-        raise UsageError(f"{folder} is not what python export.py writes ({error}): {REMEDY}") from error
-    if calibration.belongs_to != shaping(model, config, reader):
-        raise UsageError(f"{folder} mixes parts of several normalizers: {REMEDY}")
-    model.judge = Judge(model, calibration, config)
-    return model
+        return _rebuilt(folder, _checked(folder, known), device)
+    except (*DAMAGED, safetensors.SafetensorError) as error:  # it was changed and sealed again
+        words = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UsageError(f"{folder} is not what python export.py writes ({words}): {REMEDY}") from error
 
 
-def _checked(folder: Path) -> dict:
-    """The content of normalizer.json, once every file that is read has the hash that contents.json says."""
-    if not (folder / CONTENTS).is_file():
+def read_contents(folder: Path) -> dict[str, str]:
+    """What contents.json of a folder says, SHA-256 by file name; UsageError if it is missing or damaged."""
+    try:
+        there = (folder / CONTENTS).is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, a folder that may not be looked into
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"there is no such folder ({reason}): name one that python export.py wrote") from error
+    if not there:
         raise UsageError(f"{folder} holds no {CONTENTS}: name a folder that python export.py wrote")
     contents = _json(folder / CONTENTS)
     if contents.get("format") != FORMAT:
         raise UsageError(
             f"{folder} has format {contents.get('format')}, this code reads {FORMAT}: use the matching version"
         )
-    for name, known in contents["sha256"].items():
-        read = name.endswith(".safetensors") or name == NORMALIZER  # a card may be edited where it is published
-        if read and (not (folder / name).is_file() or sha256(folder / name) != known):
+    if not isinstance(contents.get("sha256"), dict):
+        raise UsageError(f"{folder / CONTENTS} is damaged (it names no files): {REMEDY}")
+    return contents["sha256"]
+
+
+def _usable(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"device {device!r} is unknown: use cpu, or cuda where there is an NVIDIA GPU") from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(f"device {found} is not supported: use cpu, or cuda where there is an NVIDIA GPU")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UsageError(f"device is {found} and torch sees {count} GPUs: check nvidia-smi, or use cpu")
+    return found
+
+
+def _checked(folder: Path, contents: dict[str, str]) -> dict:
+    """The content of normalizer.json, once every file that is read has the hash that contents.json says."""
+    read = {name for name in contents if name.endswith(".safetensors")}  # a card may be edited where it is published
+    for name in sorted(read | {VAE, NETWORK, CALIBRATION, NORMALIZER}):
+        if not (folder / name).is_file() or sha256(folder / name) != contents.get(name):
             raise UsageError(f"{folder / name} is missing or damaged: {REMEDY}")
-    return _json(folder / NORMALIZER)
+    content = _json(folder / NORMALIZER)
+    if content["reader"] and READER not in contents:
+        raise UsageError(f"{folder / READER} is missing or damaged: {REMEDY}")
+    return content
+
+
+def _rebuilt(folder: Path, content: dict, device: torch.device) -> Normalizer:
+    model = _networks(folder, content, device)
+    config = _config(content)
+    model.settings, model.seed = config.inference, config.runtime.seed
+    reader = _reader(folder, content["reader"], device) if content["reader"] else None
+    arrays = {name: value.numpy() for name, value in _tensors(folder / CALIBRATION).items()}
+    calibration = Calibration.of_parts(content["normals"], arrays, reader)
+    if np.shape(calibration.file_sizes) != (2, 2) or not np.isfinite(np.array(calibration.file_sizes, float)).all():
+        raise ValueError("file_sizes are not two pairs of numbers")
+    if calibration.belongs_to != shaping(model, config, reader):
+        raise UsageError(f"{folder} mixes parts of several normalizers: {REMEDY}")
+    model.judge = Judge(model, calibration, config)
+    return model
 
 
 def _json(path: Path) -> dict:
     try:
         return unsealed(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} is damaged ({error}): {REMEDY}") from error
 
 

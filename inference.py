@@ -285,8 +285,7 @@ def measure(records: list[Record], unfinished: Unfinished, calibration: Calibrat
     kinds, patients = [record.kind for record in labelled], [record.patient for record in labelled]
     threshold, scores = calibration.pixel_threshold, [entry["score"] for entry in known]
     metrics = summarize(scores, labels, kinds, maps, masks, threshold, patients)
-    errors = {"identity_error": calibration.identity_error, "vae_error": calibration.vae_error}
-    metrics["validation_normals"] = {"images": len(calibration.scores), **errors}
+    metrics["validation_normals"] = calibration.validation_normals()
     return metrics
 
 

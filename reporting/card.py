@@ -38,7 +38,7 @@ In the repository that wrote this folder (Python 3.10 to 3.13, `pip install -r r
 ```python
 from normalizer import Normalizer
 
-normalizer = Normalizer.load("{name}")
+normalizer = Normalizer.load({name})
 result = normalizer.examine("patient.dcm")
 result.map, result.score, result.p_value, result.flagged, result.normal
 ```
@@ -71,7 +71,7 @@ LIMITS = (
     "What it calls normal is what its training set held: another clinic's devices, ages and restorations may be "
     "flagged for that alone. Thresholds and p-values hold for radiographs like the validation normals; calibrate "
     "on normals of your own before you trust a rate.",
-    "At a false-positive rate of {fpr:.0%} about that share of normals is flagged, or somewhat more: the same normals "
+    "At a false-positive rate of {fpr} about that share of normals is flagged, or somewhat more: the same normals "
     "chose the checkpoints.",
     "Small lesions (early caries) lie below what the image size shows; metal is found more readily than soft changes.",
     "A radiograph that is not flagged is not thereby healthy.",
@@ -104,10 +104,14 @@ class CardFacts:
 def model_card(facts: CardFacts) -> str:
     """README.md of the folder."""
     backbone = "; the reader's frozen ImageNet network comes with it as a package" if facts.backbone else ""
-    limits = "\n".join(f"- {line.format(fpr=facts.image_fpr, members=_members(facts))}" for line in LIMITS)
-    filled = {"backbone": backbone, "name": facts.name, "data": _data(facts), "settings": _settings(facts)}
+    limits = "\n".join(f"- {line.format(fpr=_percent(facts.image_fpr), members=_members(facts))}" for line in LIMITS)
+    filled = {"backbone": backbone, "name": repr(facts.name), "data": _data(facts), "settings": _settings(facts)}
     body = BODY.format(**filled, figures=_figures(facts), limits=limits)
     return HEADER.format(licence=facts.licence) + body
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:g} %"  # 0.005 is not 0 %
 
 
 def _data(facts: CardFacts) -> str:
@@ -128,7 +132,7 @@ def _settings(facts: CardFacts) -> str:
     return "\n".join(
         [
             f"- method `{facts.method}`, input {facts.size[0]} x {facts.size[1]}, fit `{facts.fit}`",
-            f"- image threshold {facts.threshold:.4f} at a false-positive rate of {facts.image_fpr:.0%}",
+            f"- image threshold {facts.threshold:.4f} at a false-positive rate of {_percent(facts.image_fpr)}",
             f"- made of checkpoints {hashes}",
             "- everything else: `normalizer.json`",
         ]

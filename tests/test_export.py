@@ -1,9 +1,11 @@
 """A normalizer as one folder: the numbers of phase 4, nothing unpickled, nothing of a patient, and damage told."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pydicom
@@ -13,12 +15,13 @@ from pipeline import ENVIRONMENT, ROOT, opens, strict_json, table
 from pydicom.data import get_testdata_file
 from safetensors import safe_open
 
+import export as script
 from checks import UsageError
-from config import InferenceConfig
+from config import Config, InferenceConfig
 from exported import CONTENTS, NORMALIZER, Judged, load
-from files import sha256
+from files import sha256, unsealed, write_sealed_json
 from normalizer import Normalizer
-from radiographs.reading import ImageReadError, read_radiograph
+from radiographs.reading import ImageReadError, read_header, read_radiograph
 from reporting.card import CardFacts, model_card
 
 READER = "--inference.method reader --reader.features image latent --reader.steps 4 --reader.copies 1 --reader.width 8"
@@ -250,6 +253,212 @@ def test_a_wrong_flag_is_one_line(flags, words, call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = call("export", *flags)
     assert result.code == 2 and words in result.error and not (tmp_path / "x").exists()
+
+
+# ---------------------------------------------------------------- over an earlier export
+
+
+@pytest.fixture
+def again(call, exported, tmp_path):
+    """A copy of the plain export, and a function that exports over it with more flags."""
+    results, first = exported("plain")
+    folder, phase4 = copy_of(first, tmp_path / "normalizer"), copy_of(results, tmp_path / "phase4")
+    flags = [*METHODS["plain"].split(), "--inference.calibration", results.parent / "calibration"]
+
+    def run(*more):
+        return export(call, folder, *flags, "--inference.output", phase4, *more)
+
+    return folder, phase4, run
+
+
+def hashes(folder):
+    return {path.name: sha256(path) for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_export_that_is_broken_off_leaves_the_earlier_one_and_the_same_command_ends_it(error, again, monkeypatch):
+    folder, _, run = again
+    before = hashes(folder)
+
+    def stop(*given):
+        raise error
+
+    for step in ("draw_example", "seal", "put_in_place"):
+        with monkeypatch.context() as patch:
+            patch.setattr(script, step, stop)
+            assert run("--license", "mit").code in (2, 130)
+        assert hashes(folder) == before
+    assert run("--license", "mit").code == 0 and hashes(folder) != before
+    assert not list(folder.parent.glob(".*exporting")) and not list(folder.parent.glob(".*before"))
+
+
+def test_an_export_that_was_killed_is_cleared_away(again):
+    folder, _, run = again
+    staged, before = (folder.parent / f".{folder.name}.{name}" for name in ("exporting", "before"))
+    staged.mkdir()
+    (staged / "vae.safetensors").write_text("half")
+    os.rename(folder, before)  # killed between the two names
+    assert run().code == 0 and load(folder).judge is not None
+    assert not staged.exists() and not before.exists()
+
+
+def test_a_swap_that_fails_is_taken_back(again, monkeypatch):
+    folder, _, run = again
+    before, rename = hashes(folder), os.rename
+
+    def fail(source, target):
+        if str(source).endswith("exporting"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        assert run("--license", "mit").code == 2
+    assert hashes(folder) == before
+
+
+def test_a_card_that_was_edited_is_kept_at_every_export(again):
+    folder, _, run = again
+    (folder / "README.md").write_text("mine")
+    for _ in range(2):
+        result = run()
+        assert result.code == 0 and "was edited and is kept" in result.out
+        assert (folder / "README.md").read_text() == "mine"
+        assert "README.md" not in strict_json(folder / CONTENTS)["sha256"]
+    (folder / "README.md").unlink()
+    assert "is kept" not in run().out and "license: other" in (folder / "README.md").read_text()
+
+
+def test_a_file_that_no_export_wrote_is_refused_before_anything_is_written(again):
+    folder, _, run = again
+    (folder / "thesis.txt").write_text("mine")
+    before = hashes(folder)
+    result = run("--license", "mit")
+    assert result.code == 2 and "'thesis.txt', 1 in all" in result.error and "move it away" in result.error
+    assert hashes(folder) == before
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names are UTF-8 there")
+def test_a_name_that_is_not_utf_8_is_refused(call, tmp_path):
+    result = export(call, os.fsdecode(bytes(tmp_path) + b"/\xff"))
+    assert result.code == 2 and "is not UTF-8" in result.error and not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- figures on the card
+
+
+@pytest.fixture
+def figures(exported, tmp_path):
+    """metrics.json of the plain results, its calibration, and what `metrics_of` makes of a config."""
+    results, folder = exported("plain")
+    copied = copy_of(results, tmp_path / "phase4")
+    calibration = load(folder).judge.calibration
+    config = Config(inference=InferenceConfig(output=str(copied)))
+    return copied / "metrics.json", calibration, config
+
+
+def test_figures_of_the_same_settings_are_taken(figures, capsys):
+    path, calibration, config = figures
+    assert script.metrics_of(calibration, config) == strict_json(path) and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("changed", ["top_share", "smooth_share", "pixel_fpr", "reader_sha256"])
+def test_figures_of_other_settings_are_not_taken(changed, figures, capsys):
+    _, calibration, config = figures
+    other = replace(calibration, belongs_to={**calibration.belongs_to, changed: 0.123})
+    assert script.metrics_of(other, config) is None
+    assert "is of other checkpoints, settings or version: the card goes without figures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"7", b"\xff\xfe", b"{}", b"[" * 200_000, "kinds", None])
+def test_metrics_that_are_damaged_or_missing_leave_the_card_without_figures(content, figures, capsys):
+    path, calibration, config = figures
+    if content is None:
+        path.unlink()
+    elif content == "kinds":
+        path.write_text(json.dumps({name: value for name, value in strict_json(path).items() if name != "kinds"}))
+    else:
+        path.write_bytes(content)
+    assert script.metrics_of(calibration, config) is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "the card goes without figures" in line
+
+
+def test_the_card_says_small_rates_and_odd_names_as_they_are():
+    facts = CardFacts(
+        'a"b', "mit", "plain", (64, 128), "stretch", None, 4, None, 0.005, 1.0, 0.1, 0.1, False, False, None, {}
+    )
+    card = model_card(facts)
+    assert card.count("rate of 0.5 %") == 2 and "Normalizer.load('a\"b')" in card
+
+
+# ---------------------------------------------------------------- what cannot be loaded
+
+
+@pytest.mark.parametrize("device", ["nonsense", "mps", "cuda:99", 1.5])
+def test_a_device_that_is_not_there_is_one_line(device, exported):
+    with pytest.raises(UsageError, match="use cpu"):
+        Normalizer.load(exported("plain")[1], device=device)
+
+
+def test_cuda_without_a_gpu_is_one_line(exported, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UsageError, match="torch sees 0 GPUs: check nvidia-smi, or use cpu"):
+        Normalizer.load(exported("plain")[1], device="cuda")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"identity": None},
+        {"unet": [1, 2]},
+        {"unet": {"channels": 7}},
+        {"normals": None},
+        {"normals.file_sizes": None},
+        {"normals.file_sizes": [[1, 2]]},
+        {"settings": []},
+        {"members": 3},
+        {"seed": "a"},
+        {"reader": {"settings": None}},
+    ],
+)
+def test_content_that_was_changed_and_sealed_again_is_refused(change, exported, tmp_path):
+    folder = copy_of(exported("plain")[1], tmp_path / "copy")
+    content, contents = (unsealed(strict_json(folder / name)) for name in (NORMALIZER, CONTENTS))
+    for name, value in change.items():
+        part, _, inner = name.partition(".")
+        content[part] = {**content[part], inner: value} if inner else value
+    write_sealed_json(folder / NORMALIZER, content)
+    contents["sha256"][NORMALIZER] = sha256(folder / NORMALIZER)
+    write_sealed_json(folder / CONTENTS, contents)
+    with pytest.raises(UsageError):
+        load(folder)
+
+
+@pytest.mark.parametrize("listed", [None, [], {}])
+def test_contents_without_files_are_refused(listed, exported, tmp_path):
+    folder = copy_of(exported("plain")[1], tmp_path / "copy")
+    write_sealed_json(folder / CONTENTS, {"format": 1} if listed is None else {"format": 1, "sha256": listed})
+    with pytest.raises(UsageError, match="damaged"):
+        load(folder)
+
+
+def test_a_path_that_is_too_long_and_json_that_is_too_deep_are_one_line(tmp_path):
+    with pytest.raises(UsageError, match="name one that python export.py wrote|name a folder"):
+        Normalizer.load("a" * 5000)
+    (tmp_path / CONTENTS).write_text("[" * 200_000)
+    with pytest.raises(UsageError, match="contents.json is damaged"):
+        Normalizer.load(tmp_path)
+
+
+def test_a_dicom_object_that_is_no_radiograph_is_refused(exported, tmp_path):
+    dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm"))
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.66.4"  # a segmentation
+    dataset.Modality = "SEG"
+    dataset.save_as(tmp_path / "seg.dcm")
+    assert not read_header(tmp_path / "seg.dcm").is_image
+    with pytest.raises(ImageReadError, match=r"seg.dcm: a DICOM object that is no image of a radiograph"):
+        Normalizer.load(exported("plain")[1]).examine(tmp_path / "seg.dcm")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
