@@ -77,6 +77,12 @@ def refuse_known_content(model: Normalizer, sample: Sample, index: int, config: 
         )
 
 
+def remarks_on(sample: Sample, model: Normalizer, calibration: Calibration, config: Config) -> dict[str, bool]:
+    """What a reader of a score must know of the file: too coarse for the calibration, or alike one that trained."""
+    coarser = calibration.coarser(sample.original_shape, config)
+    return {"coarser": coarser, "known": model.looks_known(sample.fingerprint)}
+
+
 def calibration_of(model: Normalizer, config: Config) -> Calibration:
     """What normals say: read where it was made for these checkpoints and settings, made and saved otherwise."""
     folder, method, normals = Path(config.inference.calibration), config.inference.method, None

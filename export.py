@@ -31,7 +31,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
 
 from calibration import Calibration, shaping
 from checks import UsageError
@@ -40,14 +39,14 @@ from config import Config
 from examination import kept_reader, open_normalizer
 from exported import CONTENTS, load, read_contents, seal, write_weights
 from files import sha256, write_atomically
-from image_ops import residual_components
 from normalizer import Normalizer
 from phantoms.phantom import draw_phantom
 from radiographs.geometry import fit_detail, fit_mask
 from reporting.card import CardFacts, model_card
-from reporting.figures import ColourScale, save_result
+from reporting.figures import ColourScale
 from reporting.summary import metrics_table
 from runtime import run_script
+from showing import draw
 from survey import magnification_of
 
 CARD, PICTURE = "README.md", "example.png"
@@ -226,11 +225,8 @@ def draw_example(path: Path, model: Normalizer, calibration: Calibration, config
     mask = fit_mask(phantom.mask, data.height, data.width, data.fit, times)
     seen = model.examine(torch.from_numpy(image)[None, None], times)
     maps = calibration.anomaly_map(seen, config)
-    l1, gradient, _ = residual_components(seen.x, seen.normal)
-    larger = [F.interpolate(panel, size=maps.shape[-2:]) for panel in (seen.normal, l1, gradient)]
-    panels = (panel[0, 0].cpu().numpy() for panel in (seen.detail, *larger, maps))
     title = f"a phantom with a cyst  |  method {calibration.method}"
-    save_result(path, *panels, title, ColourScale(**calibration.scale), mask)
+    draw(path, seen, 0, maps[0, 0].cpu().numpy(), title, ColourScale(**calibration.scale), mask)
 
 
 def facts_of(

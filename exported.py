@@ -27,6 +27,7 @@ from checks import UsageError
 from config import Config, DataConfig, InferenceConfig, LatentConfig, RuntimeConfig, UNetConfig, rebuild_phase
 from config_reading import CalibrationConfig, ReaderConfig
 from dataset import read_sample
+from examination import remarks_on
 from files import sha256, unsealed, write_binary, write_sealed_json
 from flowdiff_model import FlowDiffUNet
 from latent_dataset import LatentStandard
@@ -73,12 +74,13 @@ class Judge:
     def __call__(self, path: str | Path) -> Judged:
         """ImageReadError if the file is no radiograph; UsageError if it, or its patient, is known to have trained."""
         calibration, config, times = self.calibration, self.config, magnification_of(self.config)
-        if not read_header(path).is_image:
+        header = read_header(path)
+        if not header.is_image:
             raise ImageReadError(path, "a DICOM object that is no image of a radiograph")
         record = Record(Path(path), None, None, "", None, "", "file")
         sample = read_sample(record, config.data, times, tuple(calibration.file_sizes[1]))
         if self.model.members:
-            self._refuse_known(record.path, sample.digest)
+            self._refuse_known(header.patient, sample.digest)
         seen = self.model.examine(torch.from_numpy(sample.image)[None, None], times)
         maps = calibration.anomaly_map(seen, config)
         score = float(calibration.scores_of(seen, maps, config)[0])
@@ -91,14 +93,13 @@ class Judge:
             p_value=calibration.p_value(score),
             threshold=threshold,
             flagged=score > threshold,
-            coarser=calibration.coarser(sample.original_shape, config),
             foreign=calibration.foreign(seen, config.latent.outlier_std)[0],
-            known=self.model.looks_known(sample.fingerprint),
+            **remarks_on(sample, self.model, calibration, config),
         )
 
-    def _refuse_known(self, path: Path, digest: str) -> None:
+    def _refuse_known(self, patient: str | None, digest: str) -> None:
         allowed = self.config.inference.examine_training_patients
-        if not allowed and self.model.knows(read_header(path).patient, digest):
+        if not allowed and self.model.knows(patient, digest):
             raise UsageError(
                 "this radiograph, or its patient, trained or validated the networks: its score would flatter, so leave "
                 "it out, or export with --inference.examine-training-patients True"

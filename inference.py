@@ -38,42 +38,36 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
-from archive import Archive, report_objects
+from archive import Archive
 from calibration import Calibration
 from command_line import parse_command
+from conclusion import REMARKS, conclude
 from config import Config
 from dataset import Sample, attempt_sample, read_batches, refuse_too_many_bad, report_skipped
-from examination import calibration_of, open_normalizer, records_to_examine, refuse_known_content
+from examination import calibration_of, open_normalizer, records_to_examine, refuse_known_content, remarks_on
 from files import write_binary, write_csv, write_json
 from holding import hold
-from image_ops import residual_components
 from interruption import Steps, remember
 from metrics import summarize
-from normalizer import Examined, Normalizer
+from normalizer import Normalizer
 from progress import bar, warn
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
-from reporting.figures import ColourScale, save_result
-from reporting.layers import FOLDER, Layers, save_layers
+from reporting.figures import ColourScale
+from reporting.layers import FOLDER, save_layers
 from reporting.lookup import LOOKUP, Pseudonyms
-from reporting.report import REPORT, Findings, write_report
-from reporting.summary import metrics_table
+from reporting.report import Findings, write_report
 from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
 from runtime import run_script, shareable
+from showing import draw, layers_of, title_of
 from survey import magnification_of
 from thresholds import expected_false_positive_rate, false_positive_interval
 
 RECIPE = 2  # raise it when code changes the results of the same files and settings
 SKIPPED = "skipped_local_only.csv"
 COLUMNS = ["index", "name", "score", "p_value", "flagged", "label", "kind", "remarks"]
-REMARKS = {
-    "coarser": "fewer pixels than the normals",
-    "foreign": "unlike the normals",
-    "known": "looks like a radiograph that trained",
-}
 SAVE_EVERY = 10  # batches at first, then a twentieth of those that are done: the note grows with them
 
 
@@ -95,7 +89,7 @@ def main() -> None:
         print(f"{out} holds these results already (--runtime.resume False examines anew)")
         report_skipped(errors, len(records), skipped)
         refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=len(errors) == len(records))
-        report(entries, calibration, metrics_in(out), config)
+        conclude(entries, calibration, metrics_in(out), config)
         return
     unfinished = Unfinished(out, identity, config.runtime.resume)
     if same_errors(unfinished.entries, records, config) is None:
@@ -117,7 +111,7 @@ def main() -> None:
         write_report(unfinished.folder, findings(entries, calibration, metrics, config))
     unfinished.publish()
     held.close()
-    report(entries, calibration, metrics, config)
+    conclude(entries, calibration, metrics, config)
 
 
 def examine(
@@ -125,13 +119,10 @@ def examine(
 ) -> None:
     """Every record that is not examined yet: its entry, its map, its figure."""
     settings, fresh, done = config.inference, unfinished.folder, unfinished.done
-    names = Pseudonyms(fresh if (fresh / LOOKUP).is_file() else unfinished.out)  # or moved there, and then killed
-    for entry in unfinished.entries:
-        if "row" in entry:
-            names.name(entry["index"], records[entry["index"]].path)  # as before: the table is written as a whole
+    names = names_so_far(records, unfinished)
     places = {record.path: index for index, record in enumerate(records)}
     drawn, times = figures_to_draw(records, settings.figures), magnification_of(config)
-    threshold, scale = calibration.score_threshold(settings.image_fpr), ColourScale(**calibration.scale)
+    scale, threshold = ColourScale(**calibration.scale), calibration.score_threshold(settings.image_fpr)
     if not any(members.prints for members in model.members):
         warn("these checkpoints are of an earlier version: copies of radiographs that trained are not remarked on")
     if done:
@@ -141,9 +132,11 @@ def examine(
     finest = tuple(calibration.file_sizes[1])
     batches = read_batches(records[done:], config.data, settings.batch_size, errors, times, finest)
     steps, begun, next_save = Steps(), done, SAVE_EVERY
+    bad = sum("error" in entry for entry in unfinished.entries)
     with bar(total=len(records), initial=done, desc="phase 4", unit="image") as progress:
         for number, batch in enumerate(steps.of(batches), 1):
             unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
+            bad += len(errors)
             errors.clear()
             images = torch.stack([torch.from_numpy(sample.image) for _, sample in batch]).unsqueeze(1)
             seen = model.examine(images, times)
@@ -157,9 +150,8 @@ def examine(
                 p_value, figure = calibration.p_value(score), f"result_{index:03d}.png" if index in drawn else ""
                 row = [f"{index:03d}", names.name(index, record.path), f"{score:.6f}", f"{p_value:.4f}"]
                 row += [int(score > threshold), "" if record.label is None else record.label, record.kind]
-                remarks = {"coarser": calibration.coarser(sample.original_shape, config), "foreign": foreign[position]}
-                remarks["known"] = model.looks_known(sample.fingerprint)
-                row.append("; ".join(REMARKS[name] for name, holds in remarks.items() if holds))
+                remarks = remarks_on(sample, model, calibration, config) | {"foreign": foreign[position]}
+                row.append("; ".join(told for name, told in REMARKS.items() if remarks[name]))
                 entry = {"index": index, "row": row, "score": score, **remarks, "figure": figure}
                 unfinished.entries.append(entry)
                 if record.label is not None:
@@ -181,7 +173,7 @@ def examine(
                 names.save(fresh)
                 unfinished.save(done)
                 remember(f"the same command goes on after {done} of {len(records)} images")
-            if sum("error" in entry for entry in unfinished.entries) > config.data.max_bad_share * len(records):
+            if bad > config.data.max_bad_share * len(records):
                 break  # refused afterwards: no need to examine the rest first
     unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
     unfinished.entries.sort(key=lambda entry: entry["index"])
@@ -189,6 +181,19 @@ def examine(
     if len(unfinished.entries) == len(records):  # not where it was broken off
         unfinished.save(len(records))
         remember(f"the same command goes on after {len(records)} of {len(records)} images")
+
+
+def names_so_far(records: list[Record], unfinished: Unfinished) -> Pseudonyms:
+    """The names that images have in tables, those of the records that are examined already among them.
+
+    A run that was killed while results were moved has left the lookup in place.
+    """
+    here = (unfinished.folder / LOOKUP).is_file()
+    names = Pseudonyms(unfinished.folder if here else unfinished.out)
+    for entry in unfinished.entries:
+        if "row" in entry:
+            names.name(entry["index"], records[entry["index"]].path)  # the table is written as a whole
+    return names
 
 
 def same_errors(entries: list[dict], records: list[Record], config: Config) -> list[ImageReadError] | None:
@@ -233,37 +238,6 @@ def save_map(path: Path, anomaly_map: np.ndarray, sample: Sample, config: Config
     write_binary(path, lambda file: np.save(file, full))
 
 
-def title_of(index: int, score: float, p_value: float, threshold: float, record: Record) -> str:
-    """The line above a figure."""
-    verdict = "flagged" if score > threshold else "not flagged"
-    title = f"image {index:03d}  |  score {score:.4f}, threshold {threshold:.4f}, p {p_value:.3f}: {verdict}"
-    return f"{title}  |  {record.kind}" if record.kind else title
-
-
-def draw(
-    path: Path,
-    seen: Examined,
-    position: int,
-    anomaly_map: np.ndarray,
-    title: str,
-    scale: ColourScale,
-    mask: np.ndarray | None,
-) -> None:
-    """result_XXX.png: six panels, the score in the title, the outline where there is a mask."""
-    l1, gradient, _ = residual_components(seen.x, seen.normal)
-    size = anomaly_map.shape
-    larger = [F.interpolate(panel[position : position + 1], size=size) for panel in (seen.normal, l1, gradient)]
-    panels = (panel[0, 0].cpu().numpy() for panel in (seen.detail[position : position + 1], *larger))
-    save_result(path, *panels, anomaly_map, title, scale, mask)
-
-
-def layers_of(seen: Examined, position: int, anomaly_map: np.ndarray, sample: Sample, config: Config) -> Layers:
-    """What the report shows of one image: squashed ones as wide and as high as their file."""
-    shape = sample.original_shape if config.data.fit == "stretch" else (config.data.height, config.data.width)
-    original, normal = (images[position, 0].cpu().numpy() for images in (seen.detail, seen.normal))
-    return Layers(original, normal, anomaly_map, sample.mask, shape)
-
-
 def findings(entries: list[dict], calibration: Calibration, metrics: dict | None, config: Config) -> Findings:
     """What the report tells: nothing that the identity of the examination does not say already."""
     rate = config.inference.image_fpr
@@ -287,59 +261,6 @@ def measure(records: list[Record], unfinished: Unfinished, calibration: Calibrat
     metrics = summarize(scores, labels, kinds, maps, masks, threshold, patients)
     metrics["validation_normals"] = calibration.validation_normals()
     return metrics
-
-
-def report(entries: list[dict], calibration: Calibration, metrics: dict | None, config: Config) -> None:
-    """The last words of phase 4: how many were flagged, how sure that is, where to look."""
-    settings, out, normals = config.inference, Path(config.inference.output), len(calibration.scores)
-    threshold = calibration.score_threshold(settings.image_fpr)
-    low, high = false_positive_interval(normals, settings.image_fpr)
-    examined = [entry for entry in entries if "row" in entry]
-    flagged, skipped = sum(entry["row"][4] for entry in examined), len(entries) - len(examined)
-    print(f"\n{len(examined)} images examined, {skipped} skipped, {flagged} flagged at score > {threshold:.4f}")
-    coarser, foreign, known = (sum(entry[name] for entry in examined) for name in REMARKS)
-    if coarser:
-        warn(
-            f"{coarser} of {len(examined)} files have fewer pixels than any validation normal: "
-            "thresholds and p-values do not hold for them"
-        )
-    if foreign:
-        warn(
-            f"{foreign} of {len(examined)} images are unlike all normals (their latents lie out by more than "
-            f"latent.outlier_std = {config.latent.outlier_std:g}), perhaps no panoramics: see the remarks in scores.csv"
-        )
-    if known:
-        warn(
-            f"{known} of {len(examined)} images look like radiographs that trained or validated the networks, perhaps "
-            "copies: their scores flatter; see the remarks in scores.csv"
-        )
-    print(
-        f"threshold from {normals} validation normals at a false-positive rate of {100 * settings.image_fpr:g} %: on "
-        f"new normals expect {low:.1%} to {high:.1%} (95 % interval), or somewhat more, since the same normals chose "
-        "the checkpoints"
-    )
-    print(
-        f"map threshold {calibration.pixel_threshold:.4f}: {settings.pixel_fpr:.2%} of the pixels of normals lie above"
-    )
-    identity, vae = calibration.identity_error, calibration.vae_error
-    print(
-        f"validation normals: |x - G(x)| {identity:.4f}, |x - dec(enc(x))| {vae:.4f} (x{identity / max(vae, 1e-9):.2f})"
-    )
-    print(f"\n{metrics_table(metrics)}\n" if metrics else "no metrics: they need images labelled 0 and 1 in a manifest")
-    report_objects(entries)
-    written = [
-        *([REPORT] if settings.report else []),
-        "scores.csv",
-        *(["maps/"] if settings.save_maps else []),
-        *(["result_XXX.png"] if settings.figures else []),
-    ]
-    print(f"wrote {out}: {', '.join(written)}")
-    drawn = [entry for entry in examined if entry["figure"]]
-    if drawn:
-        best = max(drawn, key=lambda entry: (entry["score"], entry["figure"]))
-        print(f"look at {out / best['figure']}: the highest score of those drawn")
-    if settings.report:
-        print(f"open {out / REPORT} in a browser: every result, the highest score first")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ PARTS |= {
     "standardization",
     "survey",
 }
+PARTS |= {"conclusion", "showing"}
 LEAVES = {
     "backbone",
     "checks",
