@@ -10,7 +10,7 @@ from checks import UsageError
 from radiographs.adapters.rows import Box, Polygon, Row
 
 FARTHEST = 2**16  # pixels from the upper left corner; no corner of a tooth lies farther, and OpenCV would walk there
-MOST_CORNERS = 10_000  # of all polygons of a radiograph: these take OpenCV 10 s at worst, and soon minutes beyond
+MOST_CORNERS = 10_000  # of all polygons of a radiograph: the time to fill them grows with the square of their number
 MOST_SHAPES = 1_000  # of a radiograph
 
 
