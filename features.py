@@ -63,9 +63,10 @@ FEATURES: dict[str, Feature] = {
 
 
 def with_backbone(settings: ReaderConfig) -> ReaderConfig:
-    """The settings with reader.backbone resolved: a name, or none."""
-    wanted = "backbone" in settings.features
-    return replace(settings, backbone=backbone_name(settings.backbone) if wanted else "none")
+    """The settings with reader.backbone resolved, a name or none; without one, nothing is tuned."""
+    wanted = "backbone" in settings.features or settings.tuned_steps > 0
+    name = backbone_name(settings.backbone) if wanted else "none"
+    return replace(settings, backbone=name, tuned_steps=settings.tuned_steps if name != "none" else 0)
 
 
 class FeatureExtractor:
@@ -76,7 +77,8 @@ class FeatureExtractor:
         if unknown:
             raise UsageError(f"reader.features: {unknown[0]} is unknown, choose from {', '.join(FEATURES)}")
         self.settings = with_backbone(settings)
-        self.eye = Backbone().to(device) if self.settings.backbone != "none" else None
+        looks = "backbone" in self.settings.features and self.settings.backbone != "none"
+        self.eye = Backbone().to(device) if looks else None
 
     @torch.no_grad()
     def __call__(self, seen: Examined) -> list[Tensor]:

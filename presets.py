@@ -51,6 +51,7 @@ TABLE = (
     ("reader.mirror",                 SAME,                    False),  # phantoms' sides are drawn apart
     ("reader.members",                1,                       1),
     ("reader.steps",                  2_000,                   2_700),
+    ("reader.tuned_steps",            2_000,                   0),
     ("reader.fewest_corruptions",     SAME,                    4),
     ("reader.most_corruptions",       SAME,                    10),
     ("reader.residual_weight",        SAME,                    1.0),  # it sees implants; seeds 8 and 9 say so

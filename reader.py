@@ -24,6 +24,7 @@ from features import FeatureExtractor
 from files import load_checkpoint, save_checkpoint, weights_sha256
 from normalizer import Examined
 from standardization import PixelStatistics
+from tuned_backbone import TunedBackbone
 
 Crop = tuple[float, float, float]  # top and left as shares of the image, and the share of each side that is kept
 WHOLE: Crop = (0.0, 0.0, 1.0)
@@ -159,6 +160,7 @@ class Reader:
     statistics: list[FeatureStatistics]
     extractor: FeatureExtractor
     belongs_to: dict  # hashes of both checkpoints, and what the reader was trained with
+    tuned: TunedBackbone | None = None  # where reader.tuned_steps asks for it and a backbone is installed
 
     @property
     def settings(self) -> ReaderConfig:
@@ -171,8 +173,14 @@ class Reader:
         maps, largest = self.extractor(seen), self.settings.largest_deviation
         inputs = [known.standardize(part, largest, [WHOLE]) for known, part in zip(self.statistics, maps, strict=True)]
         opposite = [part.flip(-1) for part in inputs] if self.settings.mirror else []
-        logits = self.network(inputs, opposite, positions(self.extractor.grid(seen), [WHOLE], seen.detail.device))
-        return F.interpolate(logits, size=seen.detail.shape[-2:], mode="bilinear", align_corners=False)
+        size, device = tuple(seen.detail.shape[-2:]), seen.detail.device
+        logits = self.network(inputs, opposite, positions(self.extractor.grid(seen), [WHOLE], device))
+        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        if self.tuned is None:
+            return logits
+        places = positions(size, [WHOLE], device).expand(len(seen.detail), -1, -1, -1)
+        share = self.settings.tuned_share
+        return (1 - share) * logits + share * self.tuned(seen.detail, places)
 
     @property
     def sha256(self) -> str:
@@ -180,7 +188,12 @@ class Reader:
         named = {
             f"{number}.{name}": part for number, parts in enumerate(self._arrays()) for name, part in parts.items()
         }
-        return weights_sha256({**self.network.state_dict(), **named})
+        tuned = {f"tuned.{name}": weight for name, weight in self._tuned_weights().items()}
+        return weights_sha256({**self.network.state_dict(), **named, **tuned})
+
+    def _tuned_weights(self) -> dict[str, Tensor]:
+        """On the CPU; none where there is no tuned backbone."""
+        return {name: weight.cpu() for name, weight in self.tuned.state_dict().items()} if self.tuned else {}
 
     def _arrays(self) -> list[dict[str, Tensor]]:
         """The statistics of each feature map, by name, on the CPU."""
@@ -193,7 +206,7 @@ class Reader:
     def content(self) -> dict:
         """All of it as plain values and tensors on the CPU, for `rebuild`."""
         weights = {name: weight.cpu() for name, weight in self.network.state_dict().items()}
-        learnt = {"statistics": self._arrays(), "weights": weights}
+        learnt = {"statistics": self._arrays(), "weights": weights, "tuned": self._tuned_weights()}
         return {"belongs_to": self.belongs_to, "settings": asdict(self.settings), **learnt}
 
     def save(self, path: Path) -> None:
@@ -216,11 +229,15 @@ class Reader:
             ]
             network = ReaderEnsemble.untrained([part.centre.shape[1] for part in statistics], settings)
             network.load_state_dict(content["weights"])
+            tuned = TunedBackbone() if content["tuned"] else None
+            if tuned is not None:
+                tuned.load_state_dict(content["tuned"])
         except (KeyError, TypeError, RuntimeError) as error:  # the right kind of file, and another version's
             raise UsageError("the reader is of another version or damaged: remove it, it is trained anew") from error
-        network.to(device).requires_grad_(False).eval()
+        for learnt in (network, tuned) if tuned else (network,):
+            learnt.to(device).requires_grad_(False).eval()
         statistics = [part.to(device) for part in statistics]
-        return cls(network, statistics, FeatureExtractor(settings, device), content["belongs_to"])
+        return cls(network, statistics, FeatureExtractor(settings, device), content["belongs_to"], tuned)
 
 
 def stored_reader(path: Path) -> dict:

@@ -28,20 +28,24 @@ from normalizer import Normalizer
 from progress import bar
 from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, mirrored, positions
 from reporting.figures import save_grid
-from runtime import learning_rate, set_learning_rate, stream_seed, training_precision
+from runtime import autocast, learning_rate, set_learning_rate, stream_seed, training_precision
 from scratch import array_at
 from standardization import pixel_statistics
+from tuned_training import fit_tuned
 
 # what a trained reader can be read under: settings that shape no weight
-READ_ANEW = ("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight", "residual_weight")
+READ_ANEW = (
+    *("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight", "residual_weight", "tuned_share"),
+)
 # what networks learn with, and no feature in the pool depends on
 LEARNING = (
     *("members", "width", "distances", "mirror", "steps", "crops", "lr", "lr_warmup_steps", "weight_decay", "dropout"),
-    *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "precision"),
+    *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "precision", "tuned_steps", "tuned_lr"),
 )
-RECIPE = 7  # raise it when code or a default changes what a reader learns from, or how it reads
+RECIPE = 8  # raise it when code or a default changes what a reader learns from, or how it reads
 # in the calibration's folder
-READER, LAST, POOL, SHEET = "reader.pt", "reader_last.pt", "reader_pool", "corruptions.png"
+READER, LAST, TUNED_LAST = "reader.pt", "reader_last.pt", "reader_tuned_last.pt"
+POOL, SHEET = "reader_pool", "corruptions.png"
 
 
 def reader_identity(model: Normalizer, config: Config, pictures: str) -> dict:
@@ -71,10 +75,12 @@ def train_reader(
     settings = extractor.settings
     print(
         f"training the reader: {settings.members} network(s) of {settings.steps} steps on {len(images)} normals and "
-        f"{settings.copies} corrupted copies of each, backbone {settings.backbone}; made once, kept in {folder}"
+        f"{settings.copies} corrupted copies of each, and the backbone {settings.backbone} for {settings.tuned_steps} "
+        f"steps; made once, kept in {folder}"
     )
     save_sheet(images, config, folder / SHEET)
-    run = identity | {"precision": precision_of_training(config, model.device)}
+    run = identity | {"precision": training_precision(config.runtime, model.device.type == "cpu")}
+    tuned = fit_tuned(images, config, run, folder / TUNED_LAST, model.device) if settings.tuned_steps else None
     made_with = {name: value for name, value in run.items() if name not in LEARNING}
     pool = make_pool(model, extractor, images, config, made_with, folder / POOL)
     statistics = pool.statistics(config)
@@ -85,7 +91,7 @@ def train_reader(
             f"the reader diverged: lower reader.lr, which is {settings.lr:g}, or raise reader.lr_warmup_steps"
         )
     on_device = [part.to(model.device) for part in statistics]
-    reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, identity)
+    reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, identity, tuned)
     reader.save(folder / READER)
     remove_scratch(folder)
     print(f"trained the reader in {(time.monotonic() - began) / 60:.1f} minutes")
@@ -106,23 +112,14 @@ def save_sheet(images: Sequence[np.ndarray], config: Config, path: Path, count: 
 
 def remove_scratch(folder: Path) -> None:
     """What a training needs to go on, and nobody else."""
-    (folder / LAST).unlink(missing_ok=True)
+    for name in (LAST, TUNED_LAST):
+        (folder / name).unlink(missing_ok=True)
     _remove_pool(folder / POOL)
 
 
 def _remove_pool(folder: Path) -> None:
     (folder / "pool.json").unlink(missing_ok=True)  # first: nobody takes what is half removed for a pool
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def precision_of_training(config: Config, device: torch.device) -> str:
-    """What the network is computed in while the reader learns: bf16 or no; features are float32, as they are read."""
-    return training_precision(config.runtime, device.type == "cpu")
-
-
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """The same as a context."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of_training(config, device) == "bf16")
 
 
 # ---------------------------------------------------------------- the pool
@@ -276,7 +273,7 @@ def fit_network(
                 sides = [mirrored(crop) for crop in crops] if settings.mirror else []
                 opposite = [part.flip(-1) for part in deviations(pool, known, rows, sides, settings)] if sides else []
                 changed = pool.changed_share(rows, crops)
-                with autocast(config, torch.device(device)):
+                with autocast(config.runtime, torch.device(device)):
                     logits = member(inputs, opposite, positions(grid, crops, device)).float()
                 loss = F.binary_cross_entropy_with_logits(logits, changed.to(device), pos_weight=weight)
                 loss.backward()

@@ -120,6 +120,13 @@ def training_precision(config: RuntimeConfig, on_cpu: bool) -> str:
     return config.precision if config.precision != "auto" else "bf16" if multiplies_bf16(on_cpu) else "no"
 
 
+def autocast(config: RuntimeConfig, device: torch.device) -> torch.autocast:
+    """The same as a context, for what is trained without an accelerator."""
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=training_precision(config, device.type == "cpu") == "bf16"
+    )
+
+
 def multiplies_bf16(on_cpu: bool) -> bool:
     """Whether the hardware multiplies bfloat16 itself: GPUs since Ampere, CPUs with AVX512-BF16."""
     return torch.cpu._is_avx512_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported(including_emulation=False)

@@ -65,9 +65,11 @@ OURS: dict[str, tuple[str, ...]] = {
         *("--inference.noise-level", "0.001", "--inference.solver", "one_step", "--inference.draws", "1"),
     ),
     # what the reader reads
-    "reader: backbone alone": ("--reader.features", "backbone", *DEAF),
+    "reader: backbone alone": ("--reader.features", "backbone", "--reader.tuned-steps", "0", *DEAF),
     "reader: without G": (*without("features", "latent", "trunk", "residual"), *DEAF),
-    "reader: without the backbone": without("features", "backbone"),
+    "reader: without tuning": ("--reader.tuned-steps", "0"),
+    "reader: the tuned backbone alone": ("--reader.tuned-share", "1", *DEAF),
+    "reader: without the backbone": (*without("features", "backbone"), "--reader.backbone", "none"),
     "reader: without the image": without("features", "image"),
     "reader: without inner features of G": without("features", "trunk"),
     "reader: its map alone": DEAF,

@@ -24,7 +24,10 @@ from normalizer import Normalizer
 from radiographs.reading import ImageReadError, read_header, read_radiograph
 from reporting.card import CardFacts, model_card
 
-READER = "--inference.method reader --reader.features image latent --reader.steps 4 --reader.copies 1 --reader.width 8"
+READER = (
+    "--inference.method reader --reader.features image latent --reader.steps 4 --reader.copies 1 --reader.width 8 "
+    "--reader.tuned-steps 2"
+)
 METHODS = {"plain": "--inference.method plain --inference.draws 2", "statistical": "", "reader": READER}
 # each image in a batch of its own, as `examine` has it: convolutions of a larger one add up in another order
 ALONE = ["--inference.figures", 0, "--inference.batch-size", 1]

@@ -450,7 +450,10 @@ def test_a_training_radiograph_is_recognised_by_its_content(call, made, tmp_path
 
 # ---------------------------------------------------------------- method reader
 
-READER = "--inference.method reader --reader.features image latent --reader.steps 4 --reader.copies 1 --reader.width 8"
+READER = (
+    "--inference.method reader --reader.features image latent --reader.steps 4 --reader.copies 1 --reader.width 8 "
+    "--reader.tuned-steps 2"
+)
 
 
 def test_the_reader_is_trained_once_and_read_by_the_next_examination(call, examined, tmp_path):

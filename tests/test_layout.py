@@ -35,7 +35,7 @@ PARTS |= {
     "standardization",
     "survey",
 }
-PARTS |= {"conclusion", "showing"}
+PARTS |= {"conclusion", "showing", "tuned_backbone", "tuned_training"}
 LEAVES = {
     "backbone",
     "checks",

@@ -76,7 +76,18 @@ def test_who_sees_what_was_put_there_is_told_from_who_does_not(skill, auroc, lar
 
 def test_a_rehearsal_trains_the_reader_and_writes_its_table(large, examined, monkeypatch, capsys, tmp_path):
     flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined), "--inference.method", "reader")
-    few = ("--reader.steps", "2", "--reader.copies", "1", "--reader.features", "image", "--reader.magnification", "1")
+    few = (
+        "--reader.tuned-steps",
+        "0",
+        "--reader.steps",
+        "2",
+        "--reader.copies",
+        "1",
+        "--reader.features",
+        "image",
+        "--reader.magnification",
+        "1",
+    )
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["rehearsal.py", *map(str, flags), *few])
     torch.set_num_threads(1)

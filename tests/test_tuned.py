@@ -1,0 +1,133 @@
+"""The tuned backbone: what a step sees, how it learns, how it goes on, and its share in the reader's verdict."""
+
+import dataclasses
+import signal
+
+import numpy as np
+import pytest
+import torch
+from test_calibration import tiny_normalizer
+from test_reader import config_for, normals, seen_by
+
+import interruption
+from backbone import PACKAGES
+from checks import UsageError
+from config import DataConfig, RuntimeConfig
+from config_reading import ReaderConfig
+from features import with_backbone
+from interruption import Interrupted
+from reader import WHOLE, Reader, positions
+from reader_training import READER, TUNED_LAST, train_reader
+from tuned_backbone import TunedBackbone
+from tuned_training import Lessons, fit_tuned, turned
+
+DEVICE = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    for package in PACKAGES:
+        pytest.importorskip(package)
+
+
+def tuned_config(**changes):
+    given = {"backbone": "efficientnet-lite0", "tuned_steps": 5, "crops": 4, "checkpoint_every": 2}
+    return dataclasses.replace(config_for(**given | changes), data=DataConfig(num_workers=0))
+
+
+def equal_weights(first, second):
+    return all(torch.equal(weight, second.state_dict()[name]) for name, weight in first.state_dict().items())
+
+
+def test_what_a_step_sees_follows_from_its_number_and_no_two_see_the_same():
+    lessons, again = Lessons(normals(), tuned_config()), Lessons(normals(), tuned_config())
+    crops, places, changed = lessons[3]
+    assert crops.shape == changed.shape == (4, 1, 64, 64) and places.shape == (4, 2, 64, 64)
+    assert all(torch.equal(one, other) for one, other in zip(lessons[3], again[3], strict=True))
+    assert not torch.equal(lessons[4][0], crops)
+    assert len({lessons[step][0].numpy().tobytes() for step in range(5)}) == 5
+
+
+def test_a_mirrored_crop_says_where_it_lies_in_the_mirrored_radiograph():
+    image = torch.arange(12.0).reshape(1, 2, 6)
+    whole = torch.cat([image, image > 5, positions((2, 6), [WHOLE], "cpu")[0]])
+    left = whole[..., :2]
+    ways = [turned(left, np.random.default_rng(seed)) for seed in range(8)]
+    mirror = torch.cat([whole[:2].flip(-1), whole[2:]])[..., -2:]  # the right end of the mirrored one
+    assert all(torch.equal(way, left) or torch.equal(way, mirror) for way in ways)
+    assert any(torch.equal(way, left) for way in ways) and any(torch.equal(way, mirror) for way in ways)
+
+
+def test_images_of_any_size_get_a_logit_for_each_pixel():
+    network = TunedBackbone()
+    for size in ((64, 96), (50, 70)):
+        places = positions(size, [WHOLE], "cpu").expand(2, -1, -1, -1)
+        assert network(torch.zeros(2, 1, *size), places).shape == (2, 1, *size)
+
+
+def test_it_learns_to_tell_what_does_not_belong(tmp_path):
+    config = tuned_config(tuned_steps=30, lr_warmup_steps=5, fills=("saturate", "noise"), tuned_lr=1e-3)
+    network = fit_tuned(normals(), config, {}, tmp_path / TUNED_LAST, DEVICE)
+    image = torch.from_numpy(normals(7)[6].copy())
+    image[40:60, 70:90] = 1.0
+    with torch.no_grad():
+        logits = network(image[None, None], positions((128, 128), [WHOLE], "cpu"))[0, 0]
+    inside = torch.zeros(128, 128, dtype=bool)
+    inside[40:60, 70:90] = True
+    assert logits[inside].median() > logits[~inside].quantile(0.95)
+
+
+def test_a_tuning_that_was_told_to_stop_ends_with_the_same_weights(tmp_path, monkeypatch):
+    config, lesson = tuned_config(), Lessons.__getitem__
+    whole = fit_tuned(normals(), config, {}, tmp_path / "whole.pt", DEVICE)
+
+    def lesson_and_signal(self, step):
+        if step == 2:
+            interruption._on_signal(signal.SIGTERM, None)
+        return lesson(self, step)
+
+    interruption.running()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(Lessons, "__getitem__", lesson_and_signal)
+        fit_tuned(normals(), config, {}, tmp_path / TUNED_LAST, DEVICE)
+    assert "goes on with the tuned backbone, step" in interruption.last_words(Interrupted(signal.SIGTERM))
+    assert equal_weights(fit_tuned(normals(), config, {}, tmp_path / TUNED_LAST, DEVICE), whole)
+
+
+def test_a_finished_tuning_of_the_same_settings_is_taken_and_of_others_made_anew(tmp_path, monkeypatch):
+    config, last, asked = tuned_config(), tmp_path / TUNED_LAST, []
+    first = fit_tuned(normals(), config, {"a": 1}, last, DEVICE)
+    monkeypatch.setattr("tuned_training.learning_rate", lambda step, *rest: asked.append(step) or 1e-4)
+    assert equal_weights(fit_tuned(normals(), config, {"a": 1}, last, DEVICE), first) and not asked
+    fit_tuned(normals(), config, {"a": 2}, last, DEVICE)
+    anew = dataclasses.replace(config, runtime=RuntimeConfig(resume=False))
+    fit_tuned(normals(), anew, {"a": 2}, last, DEVICE)
+    assert asked[::2] == [*range(5), *range(5)]
+
+
+def test_a_tuning_that_diverges_says_so_and_leaves_nothing_to_go_on_from(tmp_path):
+    with pytest.raises(UsageError, match="lower reader.tuned_lr"):
+        fit_tuned(normals(), tuned_config(tuned_lr=1e30, lr_warmup_steps=0), {}, tmp_path / TUNED_LAST, DEVICE)
+    assert not (tmp_path / TUNED_LAST).exists()
+
+
+def test_the_reader_hears_both_in_their_shares_and_is_saved_with_both(tmp_path):
+    config = tuned_config(steps=3, tuned_steps=3, tuned_share=0.25)
+    model = tiny_normalizer(config.inference)
+    reader, seen = train_reader(model, normals(), "p", config, tmp_path), seen_by(model)
+    heads = dataclasses.replace(reader, tuned=None).logits(seen)
+    with torch.no_grad():
+        places = positions((128, 128), [WHOLE], "cpu").expand(2, -1, -1, -1)
+        alone = reader.tuned(seen.detail, places)
+    torch.testing.assert_close(reader.logits(seen), 0.75 * heads + 0.25 * alone)
+    again = Reader.load(tmp_path / READER)
+    torch.testing.assert_close(again.logits(seen), reader.logits(seen), rtol=0, atol=0)
+    assert again.sha256 == reader.sha256 != dataclasses.replace(reader, tuned=None).sha256
+    assert not (tmp_path / TUNED_LAST).exists()
+
+
+def test_without_a_backbone_nothing_is_tuned():
+    assert with_backbone(ReaderConfig(backbone="none")).tuned_steps == 0
+    alone = with_backbone(ReaderConfig(features=("image",), backbone="efficientnet-lite0"))
+    assert alone.tuned_steps > 0 and alone.backbone == "efficientnet-lite0"
+    assert with_backbone(ReaderConfig(features=("image",), tuned_steps=0)).backbone == "none"

@@ -1,0 +1,142 @@
+"""Part: how the tuned backbone learns: on crops of training normals that are corrupted anew for every step.
+
+No corruption comes twice, so that millions of weights do not learn a few hundred radiographs by heart. What a step sees
+follows from its number alone: a training that was killed goes on as if it had not been.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+import interruption
+from checks import UsageError
+from config import Config
+from corruption import corrupt
+from dataset import exposed_anew
+from files import load_checkpoint, save_checkpoint
+from interruption import Steps, remember
+from progress import bar
+from reader import WHOLE, Crop, cropped, positions
+from runtime import autocast, learning_rate, set_learning_rate, stream_seed
+from tuned_backbone import COARSEST, TunedBackbone
+
+CROPS = 2  # of each corrupted image: to corrupt it takes longer than to cut it
+UNCHANGED = 0.15  # share of images that are left as they are
+
+
+class Lessons(Dataset):
+    """What each step learns from: crops, their positions, and where they were changed."""
+
+    def __init__(self, images: Sequence[np.ndarray], config: Config):
+        self.images, self.config = images, config
+
+    def __len__(self) -> int:
+        return self.config.reader.tuned_steps
+
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Crops (B, 1, H, W), positions (B, 2, H, W), changed (B, 1, H, W) in [0, 1]."""
+        random = np.random.default_rng(stream_seed(self.config.runtime.seed, "tuned backbone", step))
+        places = positions(self.images[0].shape, [WHOLE], "cpu")[0]
+        crops = []
+        while len(crops) < self.config.reader.crops:
+            image, changed = self._lesson(random)
+            whole = torch.cat([torch.from_numpy(np.stack([image, changed.astype(np.float32)])), places])
+            crops += [turned(cropped(whole, _half(image.shape, random)), random) for _ in range(CROPS)]
+        batch = torch.stack(crops[: self.config.reader.crops])
+        return batch[:, :1], batch[:, 2:], batch[:, 1:2]
+
+    def _lesson(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        image, donor = (self.images[random.integers(len(self.images))] for _ in range(2))
+        if random.random() < 0.5:
+            image = exposed_anew(image, self.config.data, random).astype(np.float32)
+        if random.random() < UNCHANGED:
+            return np.asarray(image), np.zeros(image.shape, bool)
+        return corrupt(np.asarray(image), donor, random, self.config.reader)
+
+
+def _half(size: tuple[int, int], random: np.random.Generator) -> Crop:
+    """Half the height and half the width of an image, where both halves hold whole places of the coarsest map."""
+    if size[0] % (2 * COARSEST) or size[1] % (2 * COARSEST):
+        return WHOLE
+    top, left = (random.integers(side // COARSEST // 2 + 1) * COARSEST / side for side in size)
+    return (float(top), float(left), 0.5)
+
+
+def turned(crop: Tensor, random: np.random.Generator) -> Tensor:
+    """Every second (4, H, W) as in a mirror: a jaw has two sides. The last channel is the position across."""
+    if random.random() < 0.5:
+        return crop
+    flipped = crop.flip(-1)
+    return torch.cat([flipped[:3], -flipped[3:]])
+
+
+def fit_tuned(
+    images: Sequence[np.ndarray], config: Config, identity: dict, last: Path, device: torch.device
+) -> TunedBackbone:
+    """The backbone after reader.tuned_steps steps of binary cross-entropy on normals, each float32 (k H, k W).
+
+    UsageError if it diverged.
+    """
+    settings, total = config.reader, config.reader.tuned_steps
+    torch.manual_seed(stream_seed(config.runtime.seed, "tuned backbone", "weights"))
+    network = TunedBackbone().to(device).train()
+    new = torch.optim.AdamW(network.new_parameters(), weight_decay=settings.weight_decay)
+    taught = torch.optim.AdamW(network.backbone.parameters(), weight_decay=settings.weight_decay)
+    optimizers = {"new": (new, settings.lr), "taught": (taught, settings.tuned_lr)}
+    begun = _resumed(network, optimizers, last, identity) if config.runtime.resume and last.is_file() else 0
+    weight, running = torch.tensor(settings.positive_weight, device=device), None
+    loader = DataLoader(
+        Lessons(images, config),
+        batch_size=None,
+        sampler=range(begun, total),
+        num_workers=config.data.num_workers,
+        worker_init_fn=interruption.ignore_signals,
+    )
+    with bar(total=total, initial=begun, desc="reader: tuning the backbone", unit="step") as progress:
+        steps = Steps()
+        for step, (crops, places, changed) in enumerate(steps.of(loader), begun):
+            for optimizer, lr in optimizers.values():
+                set_learning_rate(optimizer, learning_rate(step, lr, settings.lr_warmup_steps, total))
+                optimizer.zero_grad()
+            with autocast(config.runtime, device):
+                logits = network.at_stride_two(crops.to(device), places.to(device)).float()
+            target = F.avg_pool2d(changed.to(device), 2)
+            loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            for optimizer, _ in optimizers.values():
+                optimizer.step()
+            if step % 50 == 0:
+                now = float(loss.detach())
+                running = now if running is None else 0.8 * running + 0.2 * now
+                progress.set_postfix(loss=f"{running:.4f}", refresh=False)
+            progress.update()
+            if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total or steps.asked:
+                state = {name: optimizer.state_dict() for name, (optimizer, _) in optimizers.items()}
+                stored = {"identity": identity, "step": step + 1, "weights": network.state_dict(), **state}
+                save_checkpoint(last, "tuned backbone", stored)
+                remember(f"the same command goes on with the tuned backbone, step {step + 1} of {total}")
+    if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
+        last.unlink(missing_ok=True)  # the same command shall not go on from it
+        raise UsageError(f"the tuned backbone diverged: lower reader.tuned_lr, which is {settings.tuned_lr:g}")
+    return network.requires_grad_(False).eval()
+
+
+def _resumed(network: TunedBackbone, optimizers: dict, last: Path, identity: dict) -> int:
+    """The step after which an interrupted training of this identity goes on, and its state; 0 for one of another."""
+    remedy = "python inference.py --runtime.resume False"
+    stored = load_checkpoint(last, "tuned backbone", remedy)
+    try:
+        if stored["identity"] != identity:
+            return 0
+        network.load_state_dict(stored["weights"])
+        for name, (optimizer, _) in optimizers.items():
+            optimizer.load_state_dict(stored[name])
+        return stored["step"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{last} is damaged: run {remedy}") from error
