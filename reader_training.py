@@ -75,7 +75,7 @@ def train_reader(
     settings = extractor.settings
     print(
         f"training the reader: {settings.members} network(s) of {settings.steps} steps on {len(images)} normals and "
-        f"{settings.copies} corrupted copies of each, and the backbone {settings.backbone} for {settings.tuned_steps} "
+        f"{settings.copies} corrupted copies of each, backbone {settings.backbone} tuned for {settings.tuned_steps} "
         f"steps; made once, kept in {folder}"
     )
     save_sheet(images, config, folder / SHEET)

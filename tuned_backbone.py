@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from backbone import Backbone
+from depthwise import Depthwise
 
 LAST_BLOCKS = (0, 2, 4, 10, 14)  # of the backbone's 16, at strides 2, 4, 8, 16 and 32
 CHANNELS = (16, 24, 40, 112, 192)  # of these
@@ -24,6 +25,8 @@ class TunedBackbone(nn.Module):
     def __init__(self):
         super().__init__()
         self.backbone = Backbone(LAST_BLOCKS).requires_grad_(True)
+        for block in self.backbone.blocks:
+            block._depthwise_conv = Depthwise(block._depthwise_conv, block._depthwise_conv.static_padding)
         self.enter = nn.ModuleList([nn.Conv2d(count, WIDTH, 1) for count in CHANNELS[1:]])
         self.mix = nn.ModuleList([nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in CHANNELS[1:]])
         self.place = nn.Conv2d(2, WIDTH, 1)

@@ -42,6 +42,7 @@ LEAVES = {
     "command_line",
     "config_reading",
     "corruption",
+    "depthwise",
     "files",
     "flowdiff_process",
     "growing",

@@ -14,6 +14,7 @@ from backbone import PACKAGES
 from checks import UsageError
 from config import DataConfig, RuntimeConfig
 from config_reading import ReaderConfig
+from depthwise import Depthwise
 from features import with_backbone
 from interruption import Interrupted
 from reader import WHOLE, Reader, positions
@@ -56,6 +57,17 @@ def test_a_mirrored_crop_says_where_it_lies_in_the_mirrored_radiograph():
     mirror = torch.cat([whole[:2].flip(-1), whole[2:]])[..., -2:]  # the right end of the mirrored one
     assert all(torch.equal(way, left) or torch.equal(way, mirror) for way in ways)
     assert any(torch.equal(way, left) for way in ways) and any(torch.equal(way, mirror) for way in ways)
+
+
+@pytest.mark.parametrize(("size", "stride", "height"), [(3, 1, 10), (3, 2, 17), (5, 1, 12), (5, 2, 18)])
+def test_a_depthwise_convolution_has_the_gradients_that_torch_finds(size, stride, height):
+    original = torch.nn.Conv2d(6, 6, size, stride, groups=6).double()
+    ours = Depthwise(original, torch.nn.Identity())
+    x = torch.randn(2, 6, height, height + 3, dtype=torch.double, requires_grad=True)
+    expected, found = (
+        torch.autograd.grad(layer(x).square().sum(), (x, original.weight, original.bias)) for layer in (original, ours)
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_images_of_any_size_get_a_logit_for_each_pixel():
