@@ -1,12 +1,14 @@
 """Part: how the tuned backbone learns: on crops of training normals that are corrupted anew for every step.
 
-No corruption comes twice, so that millions of weights do not learn a few hundred radiographs by heart. What a step sees
-follows from its number alone: a training that was killed goes on as if it had not been.
+Each normal is moved a little before, and no corruption comes twice, so that millions of weights do not learn a few
+hundred radiographs by heart. What a step sees follows from its number alone: a training that was killed goes on as if
+it had not been.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,6 +28,7 @@ from runtime import autocast, learning_rate, set_learning_rate, stream_seed
 from tuned_backbone import COARSEST, TunedBackbone
 
 CROPS = 2  # of each corrupted image: to corrupt it takes longer than to cut it
+TURN, ZOOM = 6.0, 0.15  # degrees, and a share of height and of width, up to which a normal is moved before
 UNCHANGED = 0.15  # share of images that are left as they are
 
 
@@ -52,11 +55,23 @@ class Lessons(Dataset):
 
     def _lesson(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         image, donor = (self.images[random.integers(len(self.images))] for _ in range(2))
+        image = moved(np.asarray(image), random)
         if random.random() < 0.5:
             image = exposed_anew(image, self.config.data, random).astype(np.float32)
         if random.random() < UNCHANGED:
-            return np.asarray(image), np.zeros(image.shape, bool)
-        return corrupt(np.asarray(image), donor, random, self.config.reader)
+            return image, np.zeros(image.shape, bool)
+        return corrupt(image, donor, random, self.config.reader)
+
+
+def moved(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Turned, and each axis stretched or squeezed, about the middle: else large shapes are known by heart."""
+    height, width = image.shape
+    turn = np.deg2rad(random.uniform(-TURN, TURN))
+    across, down = 1 + random.uniform(-ZOOM, ZOOM, 2)
+    linear = np.array([[across * np.cos(turn), -down * np.sin(turn)], [across * np.sin(turn), down * np.cos(turn)]])
+    middle = np.array([(width - 1) / 2, (height - 1) / 2])
+    matrix = np.column_stack([linear, middle - linear @ middle])
+    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
 
 
 def _half(size: tuple[int, int], random: np.random.Generator) -> Crop:

@@ -20,7 +20,7 @@ from interruption import Interrupted
 from reader import WHOLE, Reader, positions
 from reader_training import READER, TUNED_LAST, train_reader
 from tuned_backbone import TunedBackbone
-from tuned_training import Lessons, fit_tuned, turned
+from tuned_training import Lessons, fit_tuned, moved, turned
 
 DEVICE = torch.device("cpu")
 
@@ -47,6 +47,17 @@ def test_what_a_step_sees_follows_from_its_number_and_no_two_see_the_same():
     assert all(torch.equal(one, other) for one, other in zip(lessons[3], again[3], strict=True))
     assert not torch.equal(lessons[4][0], crops)
     assert len({lessons[step][0].numpy().tobytes() for step in range(5)}) == 5
+
+
+def test_a_normal_is_moved_about_its_middle_and_no_further_than_is_said():
+    image = np.zeros((101, 201), np.float32)
+    image[50, 100] = 1.0
+    dot = [np.argwhere(moved(image, np.random.default_rng(seed)) > 0.3) for seed in range(20)]
+    assert all((abs(each - [50, 100]) <= 1).all() for each in dot)
+    image = np.zeros((101, 201), np.float32)
+    image[:, 95:106] = 1.0
+    widths = [(moved(image, np.random.default_rng(seed))[50] > 0.5).sum() for seed in range(40)]
+    assert 9 <= min(widths) < 11 < max(widths) <= 13
 
 
 def test_a_mirrored_crop_says_where_it_lies_in_the_mirrored_radiograph():
