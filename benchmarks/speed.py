@@ -7,6 +7,7 @@
     --fit                 the largest batch that fits, and the fastest, for phases 1 and 3: doubled until memory ends
     --most 32             the largest batch that --fit tries; without it 32 on a CPU, 4096 on a GPU
     --profile             the ten operations of phases 1 and 3 that take most time, as text
+    --anew                measure parts again that are there already
     --counts 1000,10000   numbers of latents of the part scaling; a million are 16 GB at 256 pixels
     --outputs FOLDER      where synthetic latents go, and are removed again
     --results FOLDER      where each finished part is kept as JSON, and the table of all parts as table.md
@@ -85,6 +86,7 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[s
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--most", type=int)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--anew", action="store_true")
     parser.add_argument("--counts", type=numbers, default=[1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--outputs", type=Path, default=Path("outputs/speed"))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/speed")
@@ -150,10 +152,10 @@ def run_part(part: str, size: int, here: Here) -> None:
     label = named[named.index("--preset") + 1] if "--preset" in named else "default"
     path = options.results / f"{part}-{size}-{here.device.type}-{label}.json"
     asked = {"flags": named}
-    if path.is_file():
+    if path.is_file() and not options.anew:
         if speed_table.read_part(path)["asked"] != asked:
-            raise UsageError(f"{path.name} is of other flags: remove it, or choose another --results")
-        print(f"{part} at {size}: there already ({path.name}; remove it to measure it again)")
+            raise UsageError(f"{path.name} is of other flags: add --anew, or choose another --results")
+        print(f"{part} at {size}: there already ({path.name}; --anew measures it again)")
         return
     options.results.mkdir(parents=True, exist_ok=True)
     print(f"{part} at {size} ...", flush=True)
@@ -317,19 +319,22 @@ def examinations(here: Here, size: int) -> list[dict]:
 
 
 def settings(here: Here, size: int) -> list[dict]:
-    """What each setting of computing.py, and a crop in phase 1, change on this device."""
+    """Each setting of computing.py one way and the other, and a crop in phase 1, beside what the scripts do here."""
     batch, latents = min(4, here.batches[-1]), here.latents(size)
     config, accelerator = here.config(size, batch), here.accelerator
-    last, as_is = (lambda network: network.to(memory_format=torch.channels_last)), (lambda network: network)
 
-    def of(make: Callable, *given: object) -> dict[str, Work]:
-        found = {"": make(config, accelerator, *given, change=as_is, fused=False)}
-        found["channels last"] = make(config, accelerator, *given, change=last, fused=False)
-        return found | {"AdamW in one kernel": make(config, accelerator, *given, change=as_is, fused=True)}
+    def of(make: Callable[..., Work], *given: object) -> dict[str, Work]:
+        def changed(**change: object) -> Work:
+            return make(config, accelerator, *given, **change)
 
-    kinds = {"phase 1": of(work_of.phase1), "phase 3": of(work_of.phase3, latents, False)}
+        found = {"": changed()}
+        found["channels first"] = changed(change=lambda network: network.to(memory_format=torch.contiguous_format))
+        found["channels last"] = changed(change=lambda network: network.to(memory_format=torch.channels_last))
+        return found | {"AdamW in many kernels": changed(fused=False), "AdamW in one": changed(fused=True)}
+
+    kinds = {"phase 1": of(work_of.phase1), "phase 3": of(work_of.phase3, latents)}
     half = dataclasses.replace(config, vae=dataclasses.replace(config.vae, crop=size // 2))
-    kinds["phase 1"]["crops of half a side"] = work_of.phase1(half, accelerator, change=as_is, fused=False)
+    kinds["phase 1"]["crops of half a side"] = work_of.phase1(half, accelerator)
     rows = []
     for kind, works in kinds.items():
         rows += side_by_side({f"{kind}, {name}" if name else kind: work for name, work in works.items()}, here)
