@@ -25,10 +25,14 @@ def adamw(weights: Iterable[Tensor], lr: float, weight_decay: float, device: tor
 
 
 def continue_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Take up what an optimizer knew, whatever kernel it used: an earlier version's, or that of another device."""
+    """Take up what an optimizer knew, whatever its kernel and layout: an earlier version's, or of another device."""
     fused = optimizer.param_groups[0]["fused"]
     groups = [{**group, "fused": fused} for group in state["param_groups"]]
     optimizer.load_state_dict({**state, "param_groups": groups})
+    for weight, known in optimizer.state.items():
+        for name, value in known.items():
+            if value.shape == weight.shape:  # one kernel wants both laid out alike
+                known[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
 
 
 def leaves_out(optimizer: torch.optim.Optimizer) -> torch.optim.AdamW | None:

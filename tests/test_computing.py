@@ -59,6 +59,18 @@ def test_an_optimizer_of_an_earlier_version_goes_on_and_can_leave_steps_out(fuse
     torch.testing.assert_close(stepped(other, optimizer), stepped(network, earlier))
 
 
+def test_what_an_optimizer_knew_is_laid_out_as_the_weights_are(fused):
+    network = nn.Conv2d(3, 4, 3)
+    earlier = torch.optim.AdamW(network.parameters(), lr=0.01)
+    network(torch.randn(1, 3, 8, 8)).sum().backward()
+    earlier.step()
+    other = laid_out(copy.deepcopy(network), GPU)
+    optimizer = adamw(other.parameters(), 0.01, 0.1, CPU)
+    continue_optimizer(optimizer, copy.deepcopy(earlier.state_dict()))
+    found, known = optimizer.state[other.weight]["exp_avg"], earlier.state[network.weight]["exp_avg"]
+    assert torch.equal(found, known) and found.stride() == other.weight.stride() != known.stride()
+
+
 def test_the_guard_of_a_gpu_hears_of_a_bad_step_when_it_is_asked(fused, capsys):
     network = nn.Linear(3, 2)
     optimizer = adamw(network.parameters(), 0.01, 0.1, CPU)

@@ -12,6 +12,7 @@ from torch import nn
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import speed
+import speed_parts
 import speed_table
 import speed_work
 import stopwatch
@@ -121,10 +122,10 @@ def test_a_peak_is_of_what_came_after_it_was_forgotten():
 
 def test_what_stands_side_by_side_is_judged_by_image(monkeypatch):
     times = {"theirs": {"step_ms": 30.0, "core_ms": 40.0}, "ours": {"step_ms": 10.0, "core_ms": 80.0}}
-    monkeypatch.setattr(speed, "compare", lambda *given: times)
+    monkeypatch.setattr(speed_parts, "compare", lambda *given: times)
     here = SimpleNamespace(device=CPU, options=SimpleNamespace(seconds=1), forget=lambda: None)
     works = {"theirs": stopwatch.Work(None, 2), "ours": stopwatch.Work(None, 4)}
-    theirs, ours = speed.side_by_side(works, here)
+    theirs, ours = speed_parts.side_by_side(works, here)
     assert (theirs["times"], ours["times"], ours["core_times"], ours["images_per_s"]) == (1, 6, 1, 400)
 
 
@@ -136,7 +137,7 @@ def here(tmp_path, monkeypatch):
     """The machine, tiny networks and a batch of two."""
     torch.set_num_threads(1)
     options, flags = speed.arguments(["--sizes", "32", "--batches", "2", "--outputs", str(tmp_path), *TINY])
-    return speed.Here(options, flags)
+    return speed_parts.Here(options, flags)
 
 
 def test_synthetic_latents_are_as_phase_2_leaves_them(here):
@@ -147,12 +148,12 @@ def test_synthetic_latents_are_as_phase_2_leaves_them(here):
 
 @pytest.mark.parametrize("method", ["plain", "statistical", "reader"])
 def test_an_examination_ends_in_a_map_and_a_score_of_each_image(here, method):
-    maps, scores = speed.phase4(method)(here, 32, 2).step()
+    maps, scores = speed_parts.phase4(method)(here, 32, 2).step()
     side = 64 if method == "reader" else 32
     assert maps.shape == (2, 1, side, side) and len(scores) == 2 and np.isfinite(scores).all()
 
 
-@pytest.mark.parametrize("make", [speed.phase1, speed.phase3, speed.phase3_identity])
+@pytest.mark.parametrize("make", [speed_parts.phase1, speed_parts.phase3, speed_parts.phase3_identity])
 def test_a_step_of_training_trains(here, make, monkeypatch):
     trained, real = [], speed_work.optimizer_of
 
@@ -172,7 +173,7 @@ def test_a_step_of_training_trains(here, make, monkeypatch):
 def test_the_plain_loop_trains_the_same_network(here):
     config, latents = here.config(32, 2), here.latents(32)
     work = speed_work.plain_loop(config, here.accelerator, latents)
-    ours = stopwatch.flops_of(speed.phase3(here, 32, 2))
+    ours = stopwatch.flops_of(speed_parts.phase3(here, 32, 2))
     assert 0.9 * ours < stopwatch.flops_of(work) <= ours  # but for the other head, which learns nothing there
 
 
@@ -201,7 +202,7 @@ def test_a_part_says_what_it_found_and_where_and_is_not_measured_again(run, tmp_
 
 
 def test_the_largest_batch_and_the_fastest_are_told(run, tmp_path, monkeypatch):
-    real = speed.phase3
+    real = speed_parts.phase3
 
     def make(here, size, batch):
         if batch > 2:
@@ -209,7 +210,7 @@ def test_the_largest_batch_and_the_fastest_are_told(run, tmp_path, monkeypatch):
         return real(here, size, batch)
 
     monkeypatch.setitem(speed.PARTS, "fit-phase1", lambda *given: [])
-    monkeypatch.setitem(speed.PARTS, "fit-phase3", speed.fit(make))
+    monkeypatch.setitem(speed.PARTS, "fit-phase3", speed_parts.fit(make))
     shown = run("--fit")
     assert [(row["batch"], row["fits"]) for row in kept(tmp_path, "fit-phase3")["rows"]] == [
         *((1, True), (2, True), (4, False))
