@@ -96,7 +96,11 @@ class VAEConfig:
     lr_warmup_steps: int = 200  # linear warm-up, then cosine to a tenth of lr
     weight_decay: float = 0.01  # AdamW weight decay
     batch_size: int = 8  # images per step and process; lower it on CUDA out of memory
+    # train on random squares of this many pixels, a multiple of 8, instead of whole images: cheaper steps, and the
+    # decoder knows the whole from validation alone; 0 takes whole images
+    crop: int = 0
     steps: int = 20_000  # optimizer steps in all
+    patience: int = 0  # end after so many validations in a row without a lower loss; 0 takes all steps
     grad_clip: float = 1.0  # largest gradient norm
     validate_every: int = 500  # steps between validations; each writes a PNG grid
     log_every: int = 50  # steps between log lines
@@ -112,6 +116,10 @@ class VAEConfig:
         require_positive("vae", self, ("lr", "grad_clip"))
         counts = ("batch_size", "steps", "validate_every", "log_every", "scratch_latent_channels")
         require_ranges("vae", self, counts, 1)
+        require_ranges("vae", self, ("patience",), 0)
+        require_ranges("vae", self, ("crop",), 0, LARGEST_SIDE)
+        whole = self.crop % VAE_DOWNSAMPLING == 0
+        require(whole, f"vae.crop must be a multiple of {VAE_DOWNSAMPLING}, or 0 for whole images, got {self.crop}")
         widths = len(self.scratch_channels) > 0 and min(self.scratch_channels) > 0
         require(widths, f"vae.scratch_channels needs one or more numbers above 0, got {self.scratch_channels}")
         require(
@@ -188,6 +196,7 @@ class FlowDiffTrainingConfig:
     lr_warmup_steps: int = 1_000  # linear warm-up, then cosine to a tenth of lr
     weight_decay: float = 0.01  # AdamW weight decay
     grad_clip: float = 1.0  # largest gradient norm
+    device_gb: float = 8.0  # latents kept in the GPU's memory up to this size; 0 reads every one anew from the disk
     ema_decay: float = 0.9999  # EMA of the weights; about 1 / (1 - decay) steps are averaged
     validate_every: int = 2_000  # steps between validations
     sample_every: int = 10_000  # steps between PNGs of samples and of G(x) on validation normals
@@ -198,7 +207,7 @@ class FlowDiffTrainingConfig:
 
     def __post_init__(self):
         weights = ("lambda_diff", "lambda_flow", "lambda_id_global", "weight_decay", "lr_warmup_steps")
-        require_ranges("flowdiff", self, weights, 0)
+        require_ranges("flowdiff", self, (*weights, "device_gb"), 0)
         require(self.lambda_diff > 0 or self.lambda_flow > 0, "flowdiff: lambda_diff or lambda_flow must be above 0")
         require_between("flowdiff", self, ("identity_noise_level",))
         inside = 0 < self.identity_share <= 1
@@ -268,6 +277,8 @@ class RuntimeConfig:
     seed: int = 0  # fixes every random draw but the split: augmentation, weights, noise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
     precision: Literal["auto", "no", "bf16"] = "auto"  # of training: bf16 where it is fast; inference is float32
+    # of phases 1 and 3: True compiles the networks first (minutes, and a C++ compiler), then steps take less time
+    compile: bool = False
     resume: bool = True  # continue from checkpoint_last.pt; False removes the earlier run's files and starts anew
     resume_changed: bool = False  # True continues with another number of steps or learning rate than the run began with
     # numbers only, never an image; online needs WANDB_API_KEY
@@ -306,6 +317,7 @@ class Config:
             nearest = " or ".join(str(multiple) for multiple in (below, above) if multiple > 0)
             parts = f"VAE {VAE_DOWNSAMPLING} x UNet {self.unet.downsampling}"
             require(size % divisor == 0, f"data.{name} = {size} does not divide by {divisor} ({parts}): use {nearest}")
+            require(self.vae.crop <= size, f"vae.crop = {self.vae.crop} is larger than data.{name} = {size}")
 
 
 def rebuild_phase(phase: type, stored: dict):

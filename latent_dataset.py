@@ -95,3 +95,11 @@ class LatentDataset(Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> Tensor:
         row = key[1] if isinstance(key, tuple) else key
         return self.standard.standardize(torch.from_numpy(np.array(self.raw[row])))
+
+    def on(self, device: torch.device, rows_at_once: int = 1024) -> Tensor:
+        """All of them, standardized, (N, C, h, w), on a device; of the host's memory a part at a time is used."""
+        everyone = torch.empty(self.raw.shape, dtype=torch.float32, device=device)
+        for first in range(0, len(self), rows_at_once):
+            part = torch.from_numpy(np.array(self.raw[first : first + rows_at_once])).to(device)
+            everyone[first : first + rows_at_once] = self.standard.standardize(part)
+        return everyone

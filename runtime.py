@@ -26,7 +26,7 @@ import interruption
 from checks import UsageError
 from config import Config, RuntimeConfig
 from files import says_full
-from progress import own_voice, warn
+from progress import own_voice
 
 UNWRITABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 PLACES_OF_PATIENTS = (("data", "root"), ("data", "test"))  # settings whose very names may be a patient's
@@ -85,6 +85,13 @@ def all_stop(steps: interruption.Steps, accelerator: Accelerator) -> bool:
         heard = torch.tensor([steps.number or 0], device=accelerator.device)
         steps.number = int(accelerator.gather(heard).max()) or None
     return steps.asked
+
+
+def said_by_first(word: bool, accelerator: Accelerator) -> bool:
+    """What the first process says, for all of them."""
+    if accelerator.num_processes == 1:
+        return word
+    return bool(accelerator.gather(torch.tensor([int(word)], device=accelerator.device))[0])
 
 
 # ---------------------------------------------------------------- device, precision, seeds
@@ -171,12 +178,19 @@ class StepBatches:
             yield keys
 
 
+def step_batches(
+    dataset: Dataset, batch_size: int, steps: tuple[int, int], config: Config, accelerator: Accelerator
+) -> StepBatches:
+    """The keys of one batch per step after steps[0] up to steps[1]: this process's part of the whole batch."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    return StepBatches(len(dataset), batch_size, *steps, config.runtime.seed, rank, ranks)
+
+
 def step_loader(
     dataset: Dataset, batch_size: int, steps: tuple[int, int], config: Config, accelerator: Accelerator
 ) -> DataLoader:
-    """One batch per step after steps[0] up to steps[1]: this process's part of the whole batch."""
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    batches = StepBatches(len(dataset), batch_size, *steps, config.runtime.seed, rank, ranks)
+    """Those batches, read."""
+    batches = step_batches(dataset, batch_size, steps, config, accelerator)
     pinned = accelerator.device.type == "cuda"
     return DataLoader(
         dataset,
@@ -217,10 +231,19 @@ class EMA:
         self.decay, self.updates = decay, 0
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Take in the weights of now; the first ones as they are."""
+    def update(self, network: nn.Module, counts: Tensor | None = None) -> None:
+        """Take in the weights of now; the first ones as they are.
+
+        Not if `counts` is False, which the device alone knows; the number of updates then rises all the same.
+        """
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates)) if self.updates else 0.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1 - decay)
+        average, current = list(self.module.parameters()), list(network.parameters())
+        if counts is None:
+            torch._foreach_lerp_(average, current, 1 - decay)
+        else:
+            change = torch._foreach_sub(current, average)
+            torch._foreach_mul_(change, (1 - decay) * counts.float())
+            torch._foreach_add_(average, change)
         self.updates += 1
 
     def state_dict(self) -> dict:
@@ -231,36 +254,6 @@ class EMA:
         """Go on from what `state_dict` gave."""
         self.module.load_state_dict(state["weights"])
         self.updates = state["updates"]
-
-
-class StepGuard:
-    """Lets a step pass if its gradient is finite; the others are told, counted and, too many in a row, end the run.
-
-    So no weight that is not a number reaches a checkpoint.
-    """
-
-    def __init__(self, lr_name: str, limit: int, skipped: int = 0, quiet: bool = False):
-        self.remedy = f"lower {lr_name}, with --runtime.resume-changed True to go on from the last good checkpoint"
-        self.limit, self.skipped, self.quiet = limit, skipped, quiet
-        self.in_a_row = 0
-
-    def passes(self, step: int, grad_norm: Tensor) -> bool:
-        """Whether the optimizer may follow this gradient; the one place of a step where the host awaits the device."""
-        if math.isfinite(float(grad_norm)):
-            self.in_a_row = 0
-            return True
-        self.skipped += 1
-        self.in_a_row += 1
-        if not self.quiet:
-            warn(f"step {step}: the gradient is not finite, the step is skipped ({self.skipped} so far)")
-        if self.in_a_row == self.limit:
-            raise UsageError(f"no gradient was finite in the {self.limit} steps up to {step}: {self.remedy}")
-        return False
-
-    def check(self, step: int, weights: dict[str, Tensor]) -> None:
-        """Before they are written: UsageError if a weight is not finite."""
-        if not all(bool(weight.isfinite().all()) for weight in weights.values()):
-            raise UsageError(f"the weights are not finite at step {step}: {self.remedy}")
 
 
 # ---------------------------------------------------------------- config

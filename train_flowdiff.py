@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 
 from checks import UsageError
 from command_line import CommandLine, parse_command
+from computing import adamw, compiled, continue_optimizer, fast_products, laid_out, leaves_out
 from config import Config, FlowDiffTrainingConfig
 from files import (
     RunIdentity,
@@ -45,16 +46,11 @@ from files import (
     sha256,
     write_json,
 )
-from flowdiff_batch import draw
-from flowdiff_loss import (
-    generative_loss,
-    identity_loss,
-    lambda_identity,
-    loss_by_time,
-    stratified_times,
-)
+from flowdiff_batch import draw, latent_batches
+from flowdiff_loss import generative_loss, identity_loss, lambda_identity, loss_by_time, stratified_times
 from flowdiff_model import FlowDiffUNet
 from flowdiff_process import Predict, normalizer, sample, two_heads
+from guard import StepGuard
 from holding import hold
 from interruption import Steps, continues, remember
 from latent_dataset import LatentDataset, read_latents_json
@@ -64,7 +60,6 @@ from reporting.figures import save_curves, save_grid
 from run_log import Meter, RunLog, read_log
 from runtime import (
     EMA,
-    StepGuard,
     all_stop,
     generator,
     learning_rate,
@@ -74,7 +69,6 @@ from runtime import (
     set_learning_rate,
     shareable,
     start,
-    step_loader,
     stream_seed,
     without,
 )
@@ -103,10 +97,11 @@ def main() -> None:
     accelerator = start(config.runtime)
     device, main_process = accelerator.device, accelerator.is_main_process
     seed, options, total_steps = config.runtime.seed, config.runtime, settings.total_steps
-    vae = rebuild_vae(vae_checkpoint).to(device)
-    network = FlowDiffUNet(config.unet, vae.latent_channels).to(device)
+    fast_products(device)
+    vae = laid_out(rebuild_vae(vae_checkpoint).to(device), device)
+    network = laid_out(FlowDiffUNet(config.unet, vae.latent_channels).to(device), device)
     ema = EMA(network, settings.ema_decay)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = adamw(network.parameters(), settings.lr, settings.weight_decay, device)
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     accelerator.print(f"{len(train)} training, {len(validation)} validation latents, UNet of {millions:.1f} M weights")
 
@@ -117,7 +112,7 @@ def main() -> None:
     if last:
         network.load_state_dict(last["weights"])
         ema.load_state_dict(last["ema"])
-        optimizer.load_state_dict(last["optimizer"])
+        continue_optimizer(optimizer, last["optimizer"])
         step, skipped = last["step"], last["skipped_steps"]
         if competes(last["best_step"], settings):  # it may not, under another schedule
             best, best_step = last["best"], last["best_step"]
@@ -128,8 +123,8 @@ def main() -> None:
         remove_files(out, FILES_OF_A_RUN)
     if main_process:
         write_json(out / "config.json", shareable(config))  # first: it says whose the other files are
-    model, optimizer = accelerator.prepare(network, optimizer)
-    loader = step_loader(train, settings.batch_size, (step, total_steps), config, accelerator)
+    model, optimizer = accelerator.prepare(compiled(network, options, device), optimizer)
+    loader = latent_batches(train, (step, total_steps), config, accelerator)
     predict = two_heads(model)
 
     def decode(z: Tensor) -> Tensor:
@@ -137,7 +132,8 @@ def main() -> None:
             return vae.decode(train.standard.raw(z)).float()
 
     log = RunLog(out, "phase3", config, from_step=step, enabled=main_process)
-    guard = StepGuard("flowdiff.lr", options.max_skipped_steps, skipped, quiet=not main_process)
+    skips = leaves_out(optimizer)
+    guard = StepGuard("flowdiff.lr", options.max_skipped_steps, skipped, quiet=not main_process, optimizer=skips)
     handed_on = hand_on(config, vae_checkpoint, description, vae_sha256)
 
     def keep(name: str, scores: dict[str, float]) -> None:
@@ -169,9 +165,9 @@ def main() -> None:
         grad_norm = accelerator.clip_grad_norm_(network.parameters(), settings.grad_clip)
         if guard.passes(step, grad_norm):
             optimizer.step()
-            ema.update(network)
-            meter.add({"loss": total, **terms, "grad_norm": grad_norm})
-            meter.add(loss_by_time(batch.t, loss.diff, "loss_diff") | loss_by_time(batch.t, loss.flow, "loss_flow"))
+            ema.update(network, guard.counts)
+            by_time = loss_by_time(batch.t, loss.diff, "loss_diff") | loss_by_time(batch.t, loss.flow, "loss_flow")
+            meter.add(guard.counted({"loss": total, **terms, "grad_norm": grad_norm, **by_time}))
         optimizer.zero_grad(set_to_none=True)
         meter.add({}, images=len(z) * accelerator.num_processes)
 
@@ -225,13 +221,14 @@ def run_identity(
     config: Config, train: LatentDataset, validation: LatentDataset, vae_sha256: str, accelerator: Accelerator
 ) -> RunIdentity:
     """What a resumed run must share: numbers and contents, not where files lie nor how often it says something."""
-    unshared = ("output", "latents", "vae_checkpoint", "log_every", "sample_every")
+    unshared = ("output", "latents", "vae_checkpoint", "log_every", "sample_every", "device_gb")
     settings = {
         "unet": plain(config.unet),
         "flowdiff": without(plain(config.flowdiff), *unshared),
         "runtime": {"seed": config.runtime.seed},
         "number of processes": accelerator.num_processes,
         "precision": precision_of(accelerator),
+        **({"compiled": True} if config.runtime.compile else {}),
     }
     inputs = {
         "the training latents": train.sha256,

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 
 from checks import UsageError
 from command_line import CommandLine, parse_command
-from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config
+from computing import adamw, compiled, continue_optimizer, fast_products, laid_out, leaves_out
+from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, VAEConfig
 from dataset import RadiographDataset, open_normals
 from files import (
     RunIdentity,
@@ -41,6 +42,7 @@ from files import (
     weights_sha256,
     write_json,
 )
+from guard import StepGuard
 from holding import hold
 from interruption import Steps, continues, remember
 from model import RadiographVAE, pretrained_vae, psnr, ssim, vae_loss
@@ -49,7 +51,6 @@ from radiographs.membership import Membership
 from reporting.figures import save_curves, save_grid
 from run_log import Meter, RunLog, read_log
 from runtime import (
-    StepGuard,
     all_stop,
     generator,
     learning_rate,
@@ -57,6 +58,7 @@ from runtime import (
     plain,
     precision_of,
     run_script,
+    said_by_first,
     set_learning_rate,
     shareable,
     start,
@@ -85,20 +87,22 @@ def main() -> None:
     train, validation = datasets["train"].augmented(), datasets["val"]
     size = f"{config.data.height} x {config.data.width}"
     accelerator.print(f"{len(train)} training and {len(validation)} validation radiographs at {size}")
-    vae = pretrained_vae(settings)
+    fast_products(device)
+    vae = laid_out(pretrained_vae(settings), device)
     trained = [weight for weight in vae.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+    optimizer = adamw(trained, settings.lr, settings.weight_decay, device)
     accelerator.print(f"training {_millions(trained)} of {_millions(vae.parameters())} M weights")
 
     held = hold(out, "training") if main_process else None
     identity = run_identity(config, datasets, vae, accelerator)
     options, total = config.runtime, settings.steps
     last = resume_point(out / "checkpoint_last.pt", "vae-training", identity, options, MADE_BY, total)
-    step, best, skipped = 0, inf, 0
+    step, best, skipped, without_gain = 0, inf, 0, 0
     if last:
         vae.load_state_dict(last["weights"])
-        optimizer.load_state_dict(last["optimizer"])
+        continue_optimizer(optimizer, last["optimizer"])
         step, best, skipped = last["step"], last["best"], last["skipped_steps"]
+        without_gain = last.get("validations_without_gain", 0)  # a file of an earlier version knows of none
         accelerator.print(f"continuing from step {step} of {total} (--runtime.resume False starts anew)")
         remember(continues(step, total))
     elif main_process:
@@ -106,11 +110,13 @@ def main() -> None:
         remove_files(out, FILES_OF_A_RUN)
     if main_process:
         write_json(out / "config.json", shareable(config))  # first: it says whose the other files are
-    model, optimizer = accelerator.prepare(vae, optimizer)
-    loader = step_loader(train, settings.batch_size, (step, total), config, accelerator)
+    model, optimizer = accelerator.prepare(compiled(vae, options, device), optimizer)
+    until = step if gains_no_more(without_gain, settings) else total
+    loader = step_loader(train, settings.batch_size, (step, until), config, accelerator)
 
     log = RunLog(out, "phase1", config, from_step=step, enabled=main_process)
-    guard = StepGuard("vae.lr", options.max_skipped_steps, skipped, quiet=not main_process)
+    skips = leaves_out(optimizer)
+    guard = StepGuard("vae.lr", options.max_skipped_steps, skipped, quiet=not main_process, optimizer=skips)
     handed_on = hand_on(config, vae, datasets)
 
     def keep(name: str, scores: dict[str, float]) -> None:
@@ -141,36 +147,44 @@ def main() -> None:
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total))
         step += 1
         torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
-        x = batch["image"].to(device, non_blocking=True)
+        x = random_crops(batch["image"].to(device, non_blocking=True), config, step, accelerator)
         loss = vae_loss(x, *model(x, posterior_noise(vae, x, config, step, accelerator)), settings)
 
         accelerator.backward(loss.total)
         grad_norm = accelerator.clip_grad_norm_(trained, settings.grad_clip)
         if guard.passes(step, grad_norm):
             optimizer.step()
-            meter.add({"loss": loss.total, **loss.terms, "grad_norm": grad_norm})
+            meter.add(guard.counted({"loss": loss.total, **loss.terms, "grad_norm": grad_norm}))
         optimizer.zero_grad(set_to_none=True)
         meter.add({}, images=len(x) * accelerator.num_processes)
 
         ends, stopping = step == total, all_stop(steps, accelerator)
-        if step % settings.log_every == 0 or ends:
+        validates = step % settings.validate_every == 0 or ends
+        if step % settings.log_every == 0 or ends or (validates and settings.patience):  # it may be the last step
             means = meter.flush() | {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
             progress.set_postfix(loss=f"{means.get('loss', nan):.4f}", refresh=False)
             log.write(step, {f"train/{name}": value for name, value in means.items()})
-        if not main_process:
-            continue  # and wait at the next gradient while the first validates
-        if step % settings.validate_every == 0 or ends:
-            best = validated(best)
-        if options.keep_every and step % options.keep_every == 0:
+        if main_process and validates:
+            before, best = best, validated(best)
+            without_gain = 0 if best < before else without_gain + 1
+        if settings.patience and validates:
+            ends = ends or said_by_first(gains_no_more(without_gain, settings), accelerator)
+        if main_process and options.keep_every and step % options.keep_every == 0:
             keep(f"checkpoint_step_{step:06d}.pt", {})
             keep_newest(out, "checkpoint_step_*.pt", options.keep_most)
-        if step % options.checkpoint_every == 0 or ends or stopping:
+        if main_process and (step % options.checkpoint_every == 0 or ends or stopping):
             guard.check(step, vae.state_dict())
             state = {"weights": vae.state_dict(), "optimizer": optimizer.state_dict(), "identity": identity.plain()}
             state |= {"step": step, "best": best, "skipped_steps": guard.skipped}
+            state |= {"validations_without_gain": without_gain}
             save_checkpoint(out / "checkpoint_last.pt", "vae-training", state)
             remember(continues(step, total))
+        if ends and step < total and not stopping:
+            log.write(step, {"validations_without_gain": without_gain})  # why it ended
+            break
     accelerator.wait_for_everyone()
+    if step < total and gains_no_more(without_gain, settings):
+        say(f"ended at step {step} of {total}: {without_gain} validations without a lower loss (vae.patience)")
     log.close()
     if main_process:
         summarize(out, command)
@@ -182,12 +196,14 @@ def run_identity(
     config: Config, datasets: dict[str, RadiographDataset], vae: RadiographVAE, accelerator: Accelerator
 ) -> RunIdentity:
     """What a resumed run must share: numbers and contents, not where files lie nor how fast they are read."""
+    unused = ("patience",) if config.vae.crop else ("patience", "crop")  # what an earlier version did not know
     settings = {
         "data": without(plain(config.data), *WHEREABOUTS),
-        "vae": without(plain(config.vae), "output", "log_every", "pretrained"),
+        "vae": without(plain(config.vae), "output", "log_every", "pretrained", *unused),
         "runtime": {"seed": config.runtime.seed},
         "number of processes": accelerator.num_processes,
         "precision": precision_of(accelerator),
+        **({"compiled": True} if config.runtime.compile else {}),
     }
     scratch = config.vae.pretrained == "scratch"
     inputs = {
@@ -212,6 +228,23 @@ def hand_on(config: Config, vae: RadiographVAE, datasets: dict[str, RadiographDa
         "split": config.data.split,
         "members": Membership.of(patients, digests, prints).plain(),
     }
+
+
+def gains_no_more(without_gain: int, settings: VAEConfig) -> bool:
+    """Whether vae.patience ends the run."""
+    return 0 < settings.patience <= without_gain
+
+
+def random_crops(x: Tensor, config: Config, step: int, accelerator: Accelerator) -> Tensor:
+    """A square of vae.crop pixels of each image (B, 1, H, W), or the whole where that is 0."""
+    side = config.vae.crop
+    if not side:
+        return x
+    random, whole = generator(config.runtime.seed, "crops", step), len(x) * accelerator.num_processes
+    rows, columns = (torch.randint(length - side + 1, (whole,), generator=random) for length in x.shape[2:])
+    corners = zip(own_part(rows, accelerator).tolist(), own_part(columns, accelerator).tolist(), strict=True)
+    squares = [image[:, top : top + side, left : left + side] for image, (top, left) in zip(x, corners, strict=True)]
+    return torch.stack(squares)
 
 
 def posterior_noise(

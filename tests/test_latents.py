@@ -1,14 +1,19 @@
 """From latents on disk to standardized z and back, and the file that does not belong."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+import flowdiff_batch
 from checks import UsageError
+from config import Config, DataConfig, FlowDiffTrainingConfig
 from extract_latents import channel_statistics, find_outliers
 from files import sha256, write_sealed_json
+from flowdiff_batch import latent_batches
 from latent_dataset import FORMAT, LatentDataset, LatentStandard, read_latents_json
 
 ROWS = np.random.default_rng(0).normal([[[-3.0]], [[0.5]]], [[[0.2]], [[7.0]]], (5, 2, 4, 6)).astype(np.float32)
@@ -173,3 +178,22 @@ def test_latents_that_are_not_finite_are_refused_by_file_name(value):
     rows = latents(val=lambda part: part[4, 0].__setitem__((0, 0), value))
     with pytest.raises(UsageError, match=r"1 latents are not finite, such as row 4 of latents_val: .* latents_val.pkl"):
         find_outliers(rows, limit=8.0)
+
+
+@pytest.mark.parametrize("rows_at_once", [2, 1024])
+def test_latents_on_a_device_are_the_rows_to_the_bit(folder, rows_at_once):
+    data = LatentDataset(folder, "train")
+    rows = torch.stack([data[row] for row in range(len(data))])
+    assert torch.equal(data.on(torch.device("cpu"), rows_at_once), rows)
+
+
+@pytest.mark.parametrize("gigabytes", [1.0, 0.0])
+def test_batches_from_a_device_are_those_of_the_disk_wherever_they_fit(folder, gigabytes, monkeypatch):
+    data, alone = LatentDataset(folder, "train"), SimpleNamespace(device=torch.device("cpu"))
+    alone.process_index, alone.num_processes = 0, 1
+    config = Config(data=DataConfig(num_workers=0), flowdiff=FlowDiffTrainingConfig(batch_size=3, device_gb=gigabytes))
+    expected = torch.stack(list(latent_batches(data, (1, 5), config, alone)))
+    monkeypatch.setattr(flowdiff_batch, "RESIDENT", ("cpu",))
+    found = latent_batches(data, (1, 5), config, alone)
+    assert isinstance(found, DataLoader) == (gigabytes == 0)
+    assert torch.equal(torch.stack(list(found)), expected) and expected.shape == (4, 3, 2, 4, 6)

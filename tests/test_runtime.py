@@ -13,8 +13,9 @@ import torch
 import runtime
 from checks import UsageError
 from config import Config, RuntimeConfig
+from guard import StepGuard
 from run_log import Meter, RunLog, read_log
-from runtime import EMA, StepBatches, StepGuard, generator, learning_rate, own_part, run_script
+from runtime import EMA, StepBatches, generator, learning_rate, own_part, run_script
 
 # ---------------------------------------------------------------- order and noise
 

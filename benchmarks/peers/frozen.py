@@ -38,4 +38,4 @@ def in_batches(function: Callable[[np.ndarray], Tensor], images: np.ndarray, siz
 def finished_map(distances: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Patch distances (B, h, w) as maps (B, H, W), enlarged and blurred as in PatchCore and PaDiM."""
     larger = F.interpolate(distances.unsqueeze(1), size=size, mode="bilinear", align_corners=False)
-    return blur_share(larger, SIGMA)[:, 0].numpy()
+    return blur_share(larger, SIGMA)[:, 0].cpu().numpy()

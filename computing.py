@@ -1,0 +1,75 @@
+"""Leaf: how a training computes, beyond what it computes: layout, optimizer, compiled networks, the rest of float32.
+
+What changes no more than rounding, and only where it was measured to pay or where a GPU is known for it; a CPU computes
+to the bit what it did before, unless runtime.compile says otherwise. `python benchmarks/speed.py --parts settings`
+measures each.
+"""
+
+from collections.abc import Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from checks import UsageError
+from config import RuntimeConfig
+
+WAITED_FOR = ("cpu",)  # devices whose gradients the host looks at, for that stops nothing there
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def adamw(weights: Iterable[Tensor], lr: float, weight_decay: float, device: torch.device) -> torch.optim.AdamW:
+    """AdamW, on a GPU in one kernel that can also leave a step out (`leaves_out`)."""
+    fused = device.type not in WAITED_FOR
+    return torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=True if fused else None)
+
+
+def continue_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Take up what an optimizer knew, whatever its kernel and layout: an earlier version's, or of another device."""
+    fused = optimizer.param_groups[0]["fused"]
+    groups = [{**group, "fused": fused} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+    for weight, known in optimizer.state.items():
+        for name, value in known.items():
+            if value.shape == weight.shape:  # one kernel wants both laid out alike
+                known[name] = torch.empty_like(weight, requires_grad=False).copy_(value)
+
+
+def leaves_out(optimizer: torch.optim.Optimizer) -> torch.optim.AdamW | None:
+    """The optimizer itself, without accelerate's wrapper, if the device can leave a step out; None on a CPU."""
+    own = getattr(optimizer, "optimizer", optimizer)
+    return own if own.param_groups[0]["fused"] else None
+
+
+def laid_out(network: Network, device: torch.device) -> Network:
+    """Channels last on a GPU, which is what its convolutions of half precision compute in."""
+    return network if device.type in WAITED_FOR else network.to(memory_format=torch.channels_last)
+
+
+def fast_products(device: torch.device) -> None:
+    """On a GPU what a training leaves in float32 is multiplied in TF32: of its inputs 10 bits of mantissa are read."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+
+
+def compiled(network: Network, config: RuntimeConfig, device: torch.device) -> Network:
+    """The same module, whose calls are compiled if runtime.compile says so; its weights keep their names.
+
+    UsageError where nothing can be compiled.
+    """
+    if config.compile:
+        _refuse_without_a_compiler(device)
+        network.compile()
+    return network
+
+
+def _refuse_without_a_compiler(device: torch.device) -> None:
+    try:
+        torch.compile(lambda x: (x + 1).relu())(torch.zeros(8, device=device))
+    except (RuntimeError, OSError, ImportError) as error:  # whatever is missing, torch tells it in one of these
+        said = [line for line in str(error).splitlines() if line.strip()]
+        needs = "a C++ compiler such as g++" if device.type == "cpu" else "Triton and a C compiler"
+        raise UsageError(
+            f"runtime.compile needs {needs}, and compiling fails here ({said[0] if said else type(error).__name__}): "
+            "install it, or leave --runtime.compile False"
+        ) from error
