@@ -64,6 +64,7 @@ from runtime import (
     stream_seed,
     without,
 )
+from waiting import Waiting
 
 MADE_BY = "python train_vae.py"
 ANEW = f"{MADE_BY} --runtime.resume False"
@@ -121,7 +122,7 @@ def main() -> None:
 
     def validated(best: float) -> float:
         """Score the weights of this step, keep them if they are the best so far; returns the lowest loss."""
-        scores = validate(vae, validation, config, device, step)
+        scores = validate(vae, validation, config, device, step, waiting)
         log.write(step, {f"val/{name}": value for name, value in scores.items()})
         if not isfinite(scores["loss"]):
             raise UsageError(f"the validation loss is not finite at step {step}: lower vae.lr or the losses' weights")
@@ -130,6 +131,7 @@ def main() -> None:
         keep("checkpoint_best.pt", without_notes(scores))
         return scores["loss"]
 
+    waiting = Waiting()
     if main_process and step == 0:
         best = validated(best)
 
@@ -137,7 +139,7 @@ def main() -> None:
     progress = bar(loader, desc="phase 1", initial=step, total=total, disable=not main_process)
     meter = Meter()
     model.train()
-    for batch in steps.of(progress):
+    for batch in steps.of(waiting.of(progress)):
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total))
         step += 1
         torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
@@ -155,6 +157,7 @@ def main() -> None:
         ends, stopping = step == total, all_stop(steps, accelerator)
         if step % settings.log_every == 0 or ends:
             means = meter.flush() | {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
+            means["waited_for_data"] = waiting.share
             progress.set_postfix(loss=f"{means.get('loss', nan):.4f}", refresh=False)
             log.write(step, {f"train/{name}": value for name, value in means.items()})
         if not main_process:
@@ -173,6 +176,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     log.close()
     if main_process:
+        print(waiting.told())
         summarize(out, command)
         held.close()
     accelerator.end_training()
@@ -228,7 +232,7 @@ def posterior_noise(
 
 @torch.no_grad()
 def validate(
-    vae: RadiographVAE, dataset: RadiographDataset, config: Config, device: torch.device, step: int
+    vae: RadiographVAE, dataset: RadiographDataset, config: Config, device: torch.device, step: int, waiting: Waiting
 ) -> dict[str, float | str]:
     """Mean scores over the validation images, in float32; val_XXXXXX.png shows the first of them."""
     was_training = vae.training
@@ -236,7 +240,7 @@ def validate(
     meter = Meter()
     originals: list[Tensor] = []
     copies: list[Tensor] = []
-    for batch in DataLoader(dataset, batch_size=config.vae.batch_size):
+    for batch in waiting.of(DataLoader(dataset, batch_size=config.vae.batch_size)):
         x = batch["image"].to(device)
         mean, logvar = vae.encode(x)  # by its parts: accelerate has wrapped the forward of the module in autocast
         reconstruction = vae.decode(mean)

@@ -42,12 +42,14 @@ LEAVES = {
     "command_line",
     "config_reading",
     "corruption",
+    "decoded",
     "files",
     "flowdiff_process",
     "growing",
     "holding",
     "image_ops",
     "interruption",
+    "ledger",
     "metrics",
     "presets",
     "progress",
@@ -55,8 +57,10 @@ LEAVES = {
     "run_log",
     "runtime",
     "scratch",
+    "shelf",
     "thresholds",
     "typical",
+    "waiting",
 }
 LEAVES |= {name for name in FILES if "." in name}  # a folder is a leaf with several doors
 LIGHT = {
