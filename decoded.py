@@ -93,16 +93,16 @@ class DecodedCache:
             return make()
         key, shelf = key_of(contents), self._shelf(config, times, finest)
         found = shelf.get(key)
-        if shelf.damaged:
-            self._say("damaged", f"a part of {self.folder} was damaged: it is made anew")
         if found is not None:
             with self.lock:
                 self.hits += 1
-            return found
-        made = make()
-        if self._contents(record) == contents:  # and not another file by now
-            self._write(lambda: self._keep(shelf, key, made))
-        return made
+        else:
+            found = make()
+            if self._contents(record) == contents:  # and not another file by now
+                self._write(lambda: self._keep(shelf, key, found))
+        if shelf.damaged or shelf.index.damaged:
+            self._say("damaged", f"a part of {self.folder} was damaged: it is made anew")
+        return found
 
     def _keep(self, shelf: Shelf, key: bytes, made: Sample) -> None:
         if not shelf.put(key, made, self._has_room(shelf)):

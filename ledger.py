@@ -23,7 +23,8 @@ class Ledger:
     def __init__(self, path: Path, size: int):
         self.path, self.size = path, KEY + size + CHECKSUM
         self.known: dict[bytes, bytes] = {}
-        self.seen, self.inode, self.damaged = 0, None, 0
+        self.seen, self.inode = 0, None
+        self.damaged, self.rotten = 0, False  # records that were not what was written, and whether any is in the file
 
     def get(self, key: bytes) -> bytes | None:
         """The value of a key, if anybody has written one."""
@@ -51,10 +52,15 @@ class Ledger:
             if _sealed(record[:-CHECKSUM]) == record:
                 self.known[record[:KEY]] = record[KEY:-CHECKSUM]
             else:
-                self.damaged += 1
+                self.damaged, self.rotten = self.damaged + 1, True
 
     def append(self, key: bytes, value: bytes) -> None:
-        """A record at the end; what a killed writer left of its own there is cut off first."""
+        """A record at the end; what a killed writer left of its own there is cut off first, what rotted is left out."""
+        if self.rotten:
+            beside = self.path.with_suffix(".tmp")
+            with open(beside, "wb", opener=private) as file:
+                file.writelines(_sealed(known + value) for known, value in self.known.items())
+            os.replace(beside, self.path)
         with open(self.path, "ab", opener=private) as file:
             end = file.seek(0, os.SEEK_END)
             file.truncate(end - end % self.size)
@@ -63,7 +69,7 @@ class Ledger:
 
     def _forget(self, inode: int | None) -> None:
         self.known.clear()
-        self.seen, self.inode = 0, inode
+        self.seen, self.inode, self.rotten = 0, inode, False
 
 
 def _sealed(content: bytes) -> bytes:

@@ -75,10 +75,11 @@ class Shelf:
             self.index.refresh()
         if self.get(key) is not None:  # another process was faster
             return True
-        if not self.index.known and self.path.is_file():  # rows that nobody can find
-            self.path.unlink()
-            self.damaged += 1
         count = self._count()
+        if count and not self.index.known:  # rows that nobody can find
+            self.damaged += count > 1  # not where a first writer was killed between row and record
+            self._empty()
+            count = 0
         number = count if may_grow else self._free_row(count)
         if number is None:
             return False
@@ -94,12 +95,17 @@ class Shelf:
 
     def clear(self) -> bool:
         """Give all rows away; False where another process uses them."""
-        if not self._alone():
-            return False
+        alone = self._alone()
+        if alone:
+            self._empty()
+        return alone
+
+    def _empty(self) -> None:
         for path in (self.index.path, self.path):
             path.unlink(missing_ok=True)
         self.touched.clear()
-        return True
+        with self.lock:
+            self.index.refresh()
 
     def _count(self) -> int:
         """Rows in the file; half a row at its end is none."""
