@@ -7,6 +7,8 @@ Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), 
         source path of every row, for people, and for the owner of the file alone; latents.json with the mean and std
         per channel that standardize them
 
+        outputs/cache/: radiographs as they were decoded, where phase 1 has not left them
+
 Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only
 latents.
 What a folder holds already of the same VAE, radiographs and settings is not made again, and a run that was interrupted

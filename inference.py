@@ -12,6 +12,8 @@ Writes  outputs/phase4_inference/: report.html with its pictures in report/, res
         outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
         every later examination
 
+        outputs/cache/: radiographs as they were decoded, those examined too, for later runs; its owner's alone
+
 method reader       map = how foreign small networks find each place, in standard deviations of validation normals
 
 method plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| + gamma_hf |Laplacian x - Laplacian G(x)|

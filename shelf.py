@@ -19,6 +19,7 @@ import numpy as np
 from holding import take
 from ledger import KEY, Ledger, private
 
+BINARY = getattr(os, "O_BINARY", 0)  # Windows would turn every newline into two bytes
 HEADER = 1024  # bytes before the first row
 CHECKSUM = 4  # bytes at the beginning of a row
 
@@ -83,7 +84,7 @@ class Shelf:
         number = count if may_grow else self._free_row(count)
         if number is None:
             return False
-        with os.fdopen(private(self.path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+        with os.fdopen(private(self.path, os.O_RDWR | os.O_CREAT | BINARY), "r+b") as file:
             if number == count:
                 file.write(_header(self.row, count + 1))
             file.seek(HEADER + number * self.row.itemsize)

@@ -6,6 +6,8 @@ Writes  outputs/phase1_vae/: checkpoint_best.pt for phases 2 to 4, checkpoint_la
         others on the way, log.csv, curves.png, and val_XXXXXX.png with original, reconstruction and residual of
         validation images
 
+        outputs/cache/: the radiographs as they were decoded, for every later phase and run
+
 Only the decoder is trained by default, so that the latent space stays the pretrained one.
 The log has every term of the loss unweighted (loss_pix, loss_grad, loss_hf, loss_ssim, loss_kl) and as it enters the
 total (weighted_pix and so on); loss_ssim is 1 - SSIM. Those of train/ are of the first process's images.

@@ -112,6 +112,15 @@ def test_later_epochs_phases_and_runs_decode_nothing(records, tmp_path, decodes,
     assert sorted(decodes) == [record.path.name for record in records]
 
 
+def test_phase_2_decodes_nothing_that_phase_1_has_decoded_and_its_latents_are_the_same(call, made, tmp_path, decodes):
+    assert call("train_vae", "--vae.steps", 1).code == 0 and decodes
+    decodes.clear()
+    for cache_gb in (0, 4):  # of memory
+        assert call("extract_latents", "--data.cache-gb", cache_gb, "--runtime.resume", False).code == 0 and not decodes
+        for name in ("latents_train.npy", "latents_val.npy"):
+            assert (tmp_path / "phase2_latents" / name).read_bytes() == (made.phase2 / name).read_bytes()
+
+
 def test_the_size_zero_switches_it_off(records, tmp_path, decodes):
     config = config_in(tmp_path, cache_disk_gb=0)
     assert same(kept_sample(records[0], config), kept_sample(records[0], config))
