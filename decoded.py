@@ -41,7 +41,7 @@ from ledger import Ledger, key_of, private
 from progress import warn
 from radiographs.manifest import Record
 from radiographs.reading import LARGEST_FILE
-from shelf import Sample, Shelf, drop
+from shelf import Sample, Shelf, drop, last_used
 
 RECIPE = 1  # raise it when code changes what read_sample makes of the same file and settings
 SETTLED = 2 * 10**9  # ns: a file may change twice within one tick of a file system's clock
@@ -112,7 +112,7 @@ class DecodedCache:
     def _has_room(self, shelf: Shelf) -> bool:
         """Whether a row may be added, once shelves that nobody uses have gone: the longest unused ones first."""
         others = [folder for folder in self.folder.iterdir() if folder.is_dir() and folder != shelf.folder]
-        others.sort(key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
+        others.sort(key=last_used, reverse=True)
         while True:
             kept = sum(path.stat().st_size for path in self.folder.glob("*/rows.npy"))
             free = shutil.disk_usage(self.folder).free - LEFT_FREE

@@ -149,19 +149,31 @@ class Shelf:
     # ---------------------------------------------------------------- who else is here
 
     def _take(self) -> None:
-        """Tell others that this shelf is in use, from the first look on."""
-        if self.in_use is None and self.folder.is_dir():
-            self.in_use = os.open(self.folder / ".use", os.O_RDWR | os.O_CREAT, 0o600)
-            weakref.finalize(self, os.close, self.in_use)
-            take(self.in_use, alone=False)
-            os.utime(self.folder)
+        """Tell others that this shelf is in use, from the first look on; what may not be written to can be read."""
+        if self.in_use is not None:
+            return
+        try:
+            self.in_use = private(self.folder / ".use", os.O_RDWR | os.O_CREAT)
+        except OSError:  # it has not been made yet, or is somebody else's
+            return
+        weakref.finalize(self, os.close, self.in_use)
+        take(self.in_use, alone=False)
+        os.utime(self.folder / ".use")  # the longest unused shelf gives way first
 
     def _alone(self) -> bool:
         """Whether no other process uses this shelf; False where that cannot be known."""
+        if self.in_use is None:
+            return False
         try:
             return take(self.in_use, alone=True)
         finally:
             take(self.in_use, alone=False)
+
+
+def last_used(folder: Path) -> int:
+    """When a process last began to use a shelf, in ns."""
+    note = folder / ".use"
+    return note.stat().st_mtime_ns if note.is_file() else 0
 
 
 def drop(folder: Path) -> bool:

@@ -435,6 +435,18 @@ def test_a_cache_that_is_removed_under_a_run_is_made_anew(records, tmp_path):
     assert len(np.load(rows_of(tmp_path), mmap_mode="r")) == 4
 
 
+def test_a_cache_that_may_not_be_written_to_can_be_read(records, tmp_path, decodes, capsys):
+    config = config_in(tmp_path)
+    expected = [kept_sample(record, config) for record in records[:3]]
+    for path in (rows_of(tmp_path).parent / ".use", tmp_path / "cache" / ".lock"):
+        path.unlink()
+        path.mkdir()  # nobody, the superuser neither, opens that to write
+    anew(config)
+    assert all(same(kept_sample(record, config), plain) for record, plain in zip(records, expected, strict=False))
+    assert len(decodes) == 3 and kept_sample(records[3], config) and len(decodes) == 4
+    assert capsys.readouterr().out.count("cannot be written (Is a directory)") == 1
+
+
 def test_a_folder_without_a_name_is_refused():
     with pytest.raises(UsageError, match="data.cache_folder is empty"):
         DataConfig(cache_folder="")
