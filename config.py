@@ -20,7 +20,8 @@ VERSION = "0.1.0"  # of this code, as pyproject.toml has it
 MAKER = "dental-normalizer"  # how DICOM objects of ours say who made them, and are known again
 VAE_DOWNSAMPLING = 8  # Stable Diffusion's VAEs turn 8 x 8 pixels into one latent entry
 PREPROCESSING = ("height", "width", "fit", "percentile_low", "percentile_high")  # of DataConfig: how a file becomes x
-WHEREABOUTS = ("root", "test", "num_workers", "cache_gb", "max_bad_share")  # of DataConfig: shapes no image
+# of DataConfig: shapes no image
+WHEREABOUTS = ("root", "test", "num_workers", "cache_gb", "cache_disk_gb", "cache_folder", "max_bad_share")
 SPLIT = ("patient_from", "val_share", "test_share", "split_seed")  # of DataConfig: who trains, validates and tests
 Solver = Literal[
     "one_step", "euler", "heun", "ddim"
@@ -45,7 +46,11 @@ class DataConfig:
     test_share: float = 0.15  # share of normal patients held out for testing where a manifest has labels but no split
     split_seed: int = 0  # another number, another split; runtime.seed leaves the split alone
     max_bad_share: float = 0.05  # a run stops if more files cannot be read; fewer are listed in skipped_local_only.csv
-    cache_gb: float = 4.0  # decoded images kept in memory up to this size; 0 reads every file anew each epoch
+    cache_gb: float = 4.0  # decoded images kept in memory up to this size; more images are read anew each epoch
+    # decoded images kept on disk up to this size, float32: 1 MB each at 512 x 512, 4.2 MB for the reader at twice that;
+    # read from there by later epochs, phases and runs; 0 decodes files each time they are read
+    cache_disk_gb: float = 50.0
+    cache_folder: str = "./outputs/cache"  # where; its owner's alone, for it holds pixels; may be removed at any time
     num_workers: int = 4  # loader processes; 0 loads in the main process
     flip: bool = False  # mirror left-right at random: doubles the data, but left and right then mean nothing
     rotate_degrees: float = 3.0  # augmentation: random rotation up to this angle; 0 switches it off
@@ -64,7 +69,8 @@ class DataConfig:
         require_ranges("data", self, ("val_share", "test_share"), 0, 0.9)
         require_ranges("data", self, ("max_bad_share",), 0, 1)
         require_ranges("data", self, ("split_seed",), 0, 2**31 - 1)
-        require_ranges("data", self, ("cache_gb", "num_workers"), 0)
+        require_ranges("data", self, ("cache_gb", "cache_disk_gb", "num_workers"), 0)
+        require(self.cache_folder != "", "data.cache_folder is empty: give a folder, or set data.cache_disk_gb 0")
         require_ranges("data", self, ("rotate_degrees",), 0, 180)
         require_ranges("data", self, ("brightness", "noise_std"), 0, 2)
         require_ranges("data", self, ("shift_share", "scale_share", "contrast", "gamma"), 0, 0.9)

@@ -8,13 +8,14 @@ for batch in read_batches(records, config, 8, errors):      or as a stream: each
 import copy
 import hashlib
 import itertools
+import math
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 
 from checks import UsageError
 from config import DataConfig
+from decoded import cache_of, reading_told
 from files import write_csv
 from progress import bar
 from radiographs.geometry import fit_detail, fit_mask
@@ -29,18 +31,9 @@ from radiographs.likeness import fingerprint, twins
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from radiographs.reading import ImageReadError, read_mask, read_radiograph, rescale
 from results import refuse_to_write_among
+from shelf import Sample
 
 TWINS = "twins_local_only.csv"
-
-
-class Sample(NamedTuple):
-    """One radiograph at the size of the model, or k times as large."""
-
-    image: np.ndarray  # float32 (k H, k W) in [-1, 1]
-    mask: np.ndarray | None  # bool (k H, k W), True on a lesion
-    original_shape: tuple[int, int]  # rows, columns of the file
-    digest: str  # of the file's grey levels and padding, whatever its format and its name
-    fingerprint: np.ndarray  # uint8 (32,), what it looks like (radiographs.likeness) before it is fitted
 
 
 def read_sample(record: Record, config: DataConfig, times: int = 1, finest: tuple[int, int] | None = None) -> Sample:
@@ -71,10 +64,18 @@ def read_sample(record: Record, config: DataConfig, times: int = 1, finest: tupl
     return Sample(image, mask, shape, digest, fingerprint(x))
 
 
+def kept_sample(record: Record, config: DataConfig, times: int = 1, finest: tuple[int, int] | None = None) -> Sample:
+    """What `read_sample` gives, from the disk where an earlier look has left it there (decoded.py)."""
+    cache, read = cache_of(config), partial(read_sample, record, config, times, finest)
+    return read() if cache is None else cache.sample(record, config, times, finest, read)
+
+
 def open_datasets(
     splits: dict[str, list[Record]], config: DataConfig, seed: int, report: Path, quiet: bool = False
 ) -> dict[str, "RadiographDataset"]:
     """Read every file once, drop and report the unreadable ones, keep the others in memory if they fit config.cache_gb.
+
+    Those that do not fit are read from the disk at each access, where config.cache_disk_gb has kept them decoded.
 
     report is the skipped_local_only.csv to write; quiet (for all processes but the first) shows no bar and writes
     nothing. UsageError if more than config.max_bad_share of the files, or a whole split, cannot be read.
@@ -85,20 +86,14 @@ def open_datasets(
     digests: dict[Path, str] = {}
     prints: dict[Path, np.ndarray] = {}
     errors: list[ImageReadError] = []
-    pool = ThreadPoolExecutor(max(1, config.num_workers))
-    try:
-        attempts = pool.map(partial(attempt_sample, config=config), records)
-        attempts = bar(attempts, desc="reading radiographs", total=len(records), unit="file", disable=quiet)
-        for record, result in zip(records, attempts, strict=True):
-            if isinstance(result, ImageReadError):
-                errors.append(result)
-                continue
-            digests[record.path] = result.digest
-            prints[record.path] = result.fingerprint
-            if fits:
-                samples[record.path] = result
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for record, result in _attempts(records, config, quiet):
+        if isinstance(result, ImageReadError):
+            errors.append(result)
+            continue
+        digests[record.path] = result.digest
+        prints[record.path] = result.fingerprint
+        if fits:
+            samples[record.path] = result
     if not quiet:
         report_skipped(errors, len(records), report)
     readable = {name: [record for record in split if record.path in digests] for name, split in splits.items()}
@@ -129,9 +124,23 @@ def attempt_sample(
 ) -> Sample | ImageReadError:
     """The radiograph, or why it cannot be used."""
     try:
-        return read_sample(record, config, times, finest)
+        return kept_sample(record, config, times, finest)
     except ImageReadError as error:
         return error
+
+
+def _attempts(
+    records: list[Record], config: DataConfig, quiet: bool
+) -> Iterator[tuple[Record, Sample | ImageReadError]]:
+    """All of them, in order, read by threads."""
+    pool = ThreadPoolExecutor(max(1, config.num_workers))
+    try:
+        with reading_told(len(records), config, quiet):
+            attempts = pool.map(partial(attempt_sample, config=config), records)
+            attempts = bar(attempts, desc="reading radiographs", total=len(records), unit="file", disable=quiet)
+            yield from zip(records, attempts, strict=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def report_skipped(errors: list[ImageReadError], total: int, report: Path) -> None:
@@ -195,19 +204,22 @@ def read_batches(
 ) -> Iterator[list[tuple[int, Sample]]]:
     """Batches of (position in records, sample as `read_sample` makes it), in order, read by threads one batch ahead.
 
-    What cannot be read goes to `errors`; a batch of which nothing can be read is left out. Any other exception ends it.
+    More batches where there are more threads than files in one: they read while the device computes. What cannot be
+    read goes to `errors`; a batch of which nothing can be read is left out. Any other exception ends it.
     """
-    pool = ThreadPoolExecutor(max(1, config.num_workers))
+    threads = max(1, config.num_workers)
+    pool, starts = ThreadPoolExecutor(threads), range(0, len(records), batch_size)
+    depth = math.ceil(threads / batch_size)  # batches, so that every thread has a file
 
     def begin(start: int) -> list[Future]:
         batch = records[start : start + batch_size]
         return [pool.submit(attempt_sample, record, config, times, finest) for record in batch]
 
     try:
-        ahead = begin(0)
-        for start in range(0, len(records), batch_size):
-            results = [future.result() for future in ahead]
-            ahead = begin(start + batch_size)
+        ahead = deque(map(begin, starts[:depth]))
+        for start in starts:
+            results = [future.result() for future in ahead.popleft()]
+            ahead.append(begin(start + depth * batch_size))
             batch = []
             for position, result in enumerate(results, start):
                 if isinstance(result, ImageReadError):
@@ -289,7 +301,7 @@ class RadiographDataset(Dataset):
     def _read_again(self, index: int) -> Sample:
         """What was read when the dataset was opened, and nothing else under its name."""
         try:
-            sample = read_sample(self.records[index], self.config)
+            sample = kept_sample(self.records[index], self.config)
         except ImageReadError as error:
             raise UsageError(f"{error}, though it could be read at first: give the same command again") from error
         if sample.digest != self.digests[index]:

@@ -14,6 +14,7 @@ from checks import UsageError
 from command_line import CommandLine
 from config import Config
 from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
+from decoded import reading_told
 from features import with_backbone
 from holding import hold
 from normalizer import Normalizer
@@ -173,15 +174,16 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
     times = magnification_of(config)
     size = (times * config.data.height, times * config.data.width)
     images = nameless_array(config.inference.calibration, np.float32, (len(records), *size)) if records else []
-    for batch in read_batches(records, config.data, config.inference.batch_size, errors, times):
-        for index, sample in batch:
-            patient = None if training else records[index].patient
-            if model.trained_on(patient, sample.digest) != training:
-                left_out += 1
-            else:
-                images[len(digests)] = sample.image
-                shapes.append(sample.original_shape)
-                digests.append(sample.digest)
+    with reading_told(len(records), config.data):
+        for batch in read_batches(records, config.data, config.inference.batch_size, errors, times):
+            for index, sample in batch:
+                patient = None if training else records[index].patient
+                if model.trained_on(patient, sample.digest) != training:
+                    left_out += 1
+                else:
+                    images[len(digests)] = sample.image
+                    shapes.append(sample.original_shape)
+                    digests.append(sample.digest)
     name = "skipped_training_local_only.csv" if training else "skipped_local_only.csv"
     report = Path(config.inference.calibration) / name
     report_skipped(errors, len(records), report)

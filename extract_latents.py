@@ -7,6 +7,8 @@ Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), 
         source path of every row, for people, and for the owner of the file alone; latents.json with the mean and std
         per channel that standardize them
 
+        outputs/cache/: radiographs as they were decoded, where phase 1 has not left them
+
 Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only
 latents.
 What a folder holds already of the same VAE, radiographs and settings is not made again, and a run that was interrupted
@@ -42,6 +44,7 @@ from progress import bar
 from radiographs.membership import Membership
 from runtime import plain, run_script, shareable, start, without
 from typical import Typical, summary_of
+from waiting import Waiting
 
 SAVE_EVERY = 20  # batches
 RECIPE = 1  # raise it when code changes what the latents of the same files and settings are
@@ -76,9 +79,10 @@ def main() -> None:
     (out / "latents.json").unlink(missing_ok=True)
     latents: dict[str, np.ndarray] = {}
     written: list[GrowingArray] = []
+    waiting = Waiting()
     for split, keys in keys_of(rows, settings).items():
         dataset, path = datasets[split], out / f"latents_{split}.npy"
-        written.append(encode_to_file(vae, dataset, keys, path, made_of, config, accelerator.device))
+        written.append(encode_to_file(vae, dataset, keys, path, made_of, config, accelerator.device, waiting))
         latents[split] = np.load(path, mmap_mode="r", allow_pickle=False)
         write_sources(out, split, dataset, keys)
 
@@ -105,6 +109,7 @@ def main() -> None:
         array.forget()
     summarize(latents, mean, std, outliers)
     held.close()
+    print(waiting.told())
     print(f"wrote {out}\nnext: {command.next('train_flowdiff.py')}")
 
 
@@ -181,6 +186,7 @@ def encode_to_file(
     made_of: dict,
     config: Config,
     device: torch.device,
+    waiting: Waiting,
 ) -> GrowingArray:
     """The latents of (copy, row) keys as .npy, whole or not at all, written batch by batch: memory stays constant.
 
@@ -201,7 +207,7 @@ def encode_to_file(
             left, done = wanted[done:], max(0, done - len(wanted))
             workers = config.data.num_workers if left else 0
             loader = DataLoader(images, size, sampler=left, num_workers=workers, worker_init_fn=ignore_signals)
-            for number, batch in enumerate(steps.of(loader), 1):
+            for number, batch in enumerate(steps.of(waiting.of(loader)), 1):
                 mean, _ = vae.encode(batch["image"].to(device))
                 array.append(mean.float().cpu().numpy())
                 progress.update(len(mean))

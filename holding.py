@@ -66,6 +66,20 @@ def hold(folder: Path | str, purpose: str) -> Held:
     return Held(file)
 
 
+def take(descriptor: int, alone: bool, wait: bool = False) -> bool:
+    """Lock an open file, alone or with others who do the same, until it is closed or taken otherwise.
+
+    False where another's lock is in the way and nobody waits, or where there are no such locks.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
 def _owner(path: Path) -> dict | None:
     """Who holds a lock, as its file says; None if it says nothing."""
     try:

@@ -12,6 +12,8 @@ Writes  outputs/phase4_inference/: report.html with its pictures in report/, res
         outputs/calibration/: reader.pt and corruptions.png, METHOD.npz and .json, what normals say; made once, read by
         every later examination
 
+        outputs/cache/: radiographs as they were decoded, those examined too, for later runs; its owner's alone
+
 method reader       map = how foreign small networks find each place, in standard deviations of validation normals
 
 method plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| + gamma_hf |Laplacian x - Laplacian G(x)|
@@ -64,6 +66,7 @@ from runtime import run_script, shareable
 from showing import draw, layers_of, title_of
 from survey import magnification_of
 from thresholds import expected_false_positive_rate, false_positive_interval
+from waiting import Waiting
 
 RECIPE = 2  # raise it when code changes the results of the same files and settings
 SKIPPED = "skipped_local_only.csv"
@@ -131,10 +134,10 @@ def examine(
     errors: list[ImageReadError] = []
     finest = tuple(calibration.file_sizes[1])
     batches = read_batches(records[done:], config.data, settings.batch_size, errors, times, finest)
-    steps, begun, next_save = Steps(), done, SAVE_EVERY
+    steps, begun, next_save, waiting = Steps(), done, SAVE_EVERY, Waiting()
     bad = sum("error" in entry for entry in unfinished.entries)
     with bar(total=len(records), initial=done, desc="phase 4", unit="image") as progress:
-        for number, batch in enumerate(steps.of(batches), 1):
+        for number, batch in enumerate(steps.of(waiting.of(batches)), 1):
             unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
             bad += len(errors)
             errors.clear()
@@ -175,6 +178,7 @@ def examine(
                 remember(f"the same command goes on after {done} of {len(records)} images")
             if bad > config.data.max_bad_share * len(records):
                 break  # refused afterwards: no need to examine the rest first
+    print(waiting.told())
     unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
     unfinished.entries.sort(key=lambda entry: entry["index"])
     names.save(fresh)

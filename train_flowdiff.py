@@ -72,6 +72,7 @@ from runtime import (
     stream_seed,
     without,
 )
+from waiting import Waiting
 
 MADE_BY = "python train_flowdiff.py"
 ANEW = f"{MADE_BY} --runtime.resume False"
@@ -142,11 +143,11 @@ def main() -> None:
         guard.check(step, weights)
         save_checkpoint(out / name, "flowdiff", handed_on | {"weights": weights, "scores": scores, "step": step})
 
-    steps = Steps()
+    steps, waiting = Steps(), Waiting()
     progress = bar(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)
     meter = Meter()
     model.train()
-    for z in steps.of(progress):
+    for z in steps.of(waiting.of(progress)):
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total_steps))
         step += 1
         torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
@@ -174,7 +175,7 @@ def main() -> None:
         ends, stopping = step == total_steps, all_stop(steps, accelerator)
         if step % settings.log_every == 0 or ends:
             now = {"lambda_id": lambda_id, "lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
-            means = meter.flush() | now
+            means = meter.flush() | now | {"waited_for_data": waiting.share}
             known = [name for name in ("diff", "flow", "id") if f"loss_{name}" in means]  # id from the warm-up on
             progress.set_postfix({name: f"{means[f'loss_{name}']:.3f}" for name in known}, refresh=False)
             log.write(step, {f"train/{name}": value for name, value in means.items()})
@@ -203,6 +204,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     log.close()
     if main_process:
+        print(waiting.told())
         summarize(out, settings, command)
         held.close()
     accelerator.end_training()

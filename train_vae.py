@@ -6,6 +6,8 @@ Writes  outputs/phase1_vae/: checkpoint_best.pt for phases 2 to 4, checkpoint_la
         others on the way, log.csv, curves.png, and val_XXXXXX.png with original, reconstruction and residual of
         validation images
 
+        outputs/cache/: the radiographs as they were decoded, for every later phase and run
+
 Only the decoder is trained by default, so that the latent space stays the pretrained one.
 The log has every term of the loss unweighted (loss_pix, loss_grad, loss_hf, loss_ssim, loss_kl) and as it enters the
 total (weighted_pix and so on); loss_ssim is 1 - SSIM. Those of train/ are of the first process's images.
@@ -66,6 +68,7 @@ from runtime import (
     stream_seed,
     without,
 )
+from waiting import Waiting
 
 MADE_BY = "python train_vae.py"
 ANEW = f"{MADE_BY} --runtime.resume False"
@@ -127,7 +130,7 @@ def main() -> None:
 
     def validated(best: float) -> float:
         """Score the weights of this step, keep them if they are the best so far; returns the lowest loss."""
-        scores = validate(vae, validation, config, device, step)
+        scores = validate(vae, validation, config, device, step, waiting)
         log.write(step, {f"val/{name}": value for name, value in scores.items()})
         if not isfinite(scores["loss"]):
             raise UsageError(f"the validation loss is not finite at step {step}: lower vae.lr or the losses' weights")
@@ -136,6 +139,7 @@ def main() -> None:
         keep("checkpoint_best.pt", without_notes(scores))
         return scores["loss"]
 
+    waiting = Waiting()
     if main_process and step == 0:
         best = validated(best)
 
@@ -143,7 +147,7 @@ def main() -> None:
     progress = bar(loader, desc="phase 1", initial=step, total=total, disable=not main_process)
     meter = Meter()
     model.train()
-    for batch in steps.of(progress):
+    for batch in steps.of(waiting.of(progress)):
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total))
         step += 1
         torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
@@ -162,6 +166,7 @@ def main() -> None:
         validates = step % settings.validate_every == 0 or ends
         if step % settings.log_every == 0 or ends or (validates and settings.patience):  # it may be the last step
             means = meter.flush() | {"lr": optimizer.param_groups[0]["lr"], "skipped_steps": guard.skipped}
+            means["waited_for_data"] = waiting.share
             progress.set_postfix(loss=f"{means.get('loss', nan):.4f}", refresh=False)
             log.write(step, {f"train/{name}": value for name, value in means.items()})
         if main_process and validates:
@@ -187,6 +192,7 @@ def main() -> None:
         say(f"ended at step {step} of {total}: {without_gain} validations without a lower loss (vae.patience)")
     log.close()
     if main_process:
+        print(waiting.told())
         summarize(out, command)
         held.close()
     accelerator.end_training()
@@ -261,7 +267,7 @@ def posterior_noise(
 
 @torch.no_grad()
 def validate(
-    vae: RadiographVAE, dataset: RadiographDataset, config: Config, device: torch.device, step: int
+    vae: RadiographVAE, dataset: RadiographDataset, config: Config, device: torch.device, step: int, waiting: Waiting
 ) -> dict[str, float | str]:
     """Mean scores over the validation images, in float32; val_XXXXXX.png shows the first of them."""
     was_training = vae.training
@@ -269,7 +275,7 @@ def validate(
     meter = Meter()
     originals: list[Tensor] = []
     copies: list[Tensor] = []
-    for batch in DataLoader(dataset, batch_size=config.vae.batch_size):
+    for batch in waiting.of(DataLoader(dataset, batch_size=config.vae.batch_size)):
         x = batch["image"].to(device)
         mean, logvar = vae.encode(x)  # by its parts: accelerate has wrapped the forward of the module in autocast
         reconstruction = vae.decode(mean)

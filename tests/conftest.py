@@ -7,6 +7,8 @@ import torch
 from filelock import FileLock
 from pipeline import ROOT, TRAINING, flags_of, namespace, run_here, run_or_tell, sources
 
+import decoded
+from config import DataConfig
 from phantoms import phantom
 
 
@@ -22,6 +24,13 @@ def once(base, worker_id, name, make):
     if printed.read_text() == "failed":
         pytest.fail(f"the pipeline failed where it was built first ({name})")
     return namespace(folder, printed.read_text())
+
+
+@pytest.fixture(autouse=True)
+def own_outputs_untouched(monkeypatch):
+    """What is read under default settings is not kept: ./outputs/cache belongs to whoever runs the tests."""
+    opened, theirs = decoded.cache_of, DataConfig().cache_folder
+    monkeypatch.setattr("dataset.cache_of", lambda config: None if config.cache_folder == theirs else opened(config))
 
 
 @pytest.fixture(scope="session")
@@ -65,4 +74,5 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("a small disk cannot be mounted here")
     yield disk
+    decoded._opened.cache_clear()  # a cache there keeps a file open
     subprocess.run(["umount", str(disk)], check=True)

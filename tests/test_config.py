@@ -214,7 +214,7 @@ def test_a_perfect_map_has_the_dice_that_pixel_fpr_promises(area):
 
 
 def paths_of(config):
-    outputs = ("phase", "calibration")
+    outputs = ("phase", "calibration", "cache")
     return {
         f"{phase}.{name}": value
         for phase, fields in dataclasses.asdict(config).items()
@@ -227,14 +227,14 @@ def paths_of(config):
 def test_presets_construct_and_keep_every_path_in_one_folder(name):
     folder = "./outputs" if name == "default" else f"./outputs/{name}"
     paths = paths_of(preset(name))
-    assert len(paths) == 10 and all(path.startswith(f"{folder}/") for path in paths.values())
+    assert len(paths) == 11 and all(path.startswith(f"{folder}/") for path in paths.values())
 
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("folder", ["/elsewhere/run7", "run7/"])
 def test_outputs_moves_every_path(name, folder):
     paths = paths_of(parse_command("", ["--preset", name, "--outputs", folder]).config)
-    assert len(paths) == 10 and all(path.startswith(folder.rstrip("/") + "/") for path in paths.values())
+    assert len(paths) == 11 and all(path.startswith(folder.rstrip("/") + "/") for path in paths.values())
 
 
 def test_the_table_names_fields_that_exist_and_differ_from_the_default():

@@ -207,6 +207,16 @@ def test_exactly_one_batch_is_read_ahead(reads, tmp_path):
     assert sorted(asked) == [record.path.name for record in records[:8]]
 
 
+def test_every_thread_has_a_file_to_read_ahead_however_small_a_batch(reads, tmp_path):
+    asked, begun = reads
+    records = [entry for entry in list_records(write_images(tmp_path, 20)) if entry.path.name != "005.png"]
+    batches = read_batches(records, dataclasses.replace(CONFIG, num_workers=3), 2, [])
+    next(batches)
+    assert begun[records[5].path.name].wait(10), "the third batch is read while the first is used"
+    batches.close()
+    assert sorted(asked) == [record.path.name for record in records[:6]]
+
+
 def readers():
     """Threads that read files; a progress bar has one of its own."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]

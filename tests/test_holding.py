@@ -10,7 +10,7 @@ import pytest
 from pipeline import ROOT
 
 from checks import UsageError
-from holding import hold, is_alive, remove_leftovers
+from holding import hold, is_alive, remove_leftovers, take
 
 
 def test_a_folder_has_one_holder_for_each_purpose(tmp_path):
@@ -36,6 +36,16 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("holding.fcntl", None)
     with pytest.warns(UserWarning, match="cannot be locked"):
         hold(tmp_path, "results").close()
+
+
+def test_an_open_file_is_locked_with_others_or_alone(tmp_path, monkeypatch):
+    with open(tmp_path / "a", "w") as one, open(tmp_path / "a") as other:
+        first, second = one.fileno(), other.fileno()
+        assert take(first, alone=False) and take(second, alone=False) and not take(first, alone=True)
+        other.close()
+        assert take(first, alone=True)
+        monkeypatch.setattr("holding.fcntl", None)
+        assert not take(first, alone=True)
 
 
 def test_the_owner_of_a_folder_is_named_and_forgotten(tmp_path):

@@ -44,6 +44,7 @@ LEAVES = {
     "config_reading",
     "corruption",
     "depthwise",
+    "decoded",
     "files",
     "flowdiff_process",
     "growing",
@@ -51,6 +52,7 @@ LEAVES = {
     "holding",
     "image_ops",
     "interruption",
+    "ledger",
     "metrics",
     "presets",
     "progress",
@@ -58,8 +60,10 @@ LEAVES = {
     "run_log",
     "runtime",
     "scratch",
+    "shelf",
     "thresholds",
     "typical",
+    "waiting",
 }
 LEAVES |= {name for name in FILES if "." in name}  # a folder is a leaf with several doors
 LIGHT = {

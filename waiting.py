@@ -1,0 +1,60 @@
+"""Leaf: how much of its time the device waited for data.
+
+    waiting = Waiting()
+    for batch in waiting.of(loader):    again for every other loop of the phase, within this one too
+        ...                             ends with a number fetched from the device
+    print(waiting.told())
+
+Every loop here fetches something from the device before it asks for the next batch (a gradient's norm, latents,
+scores), so that the device has nothing left to do while the host waits: the host's clock is enough.
+"""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Batch = TypeVar("Batch")
+END = object()
+
+
+class Waiting:
+    """Seconds in which a batch was asked for and had not come, and seconds of the loops as a whole."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._past, self._began, self._loops = 0.0, 0.0, 0
+
+    def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches."""
+        if self._loops == 0:
+            self._began = time.perf_counter()
+        self._loops += 1
+        try:
+            source = None
+            while True:
+                asked = time.perf_counter()
+                source = iter(batches) if source is None else source  # a loader starts its processes here
+                batch = next(source, END)
+                self.seconds += time.perf_counter() - asked
+                if batch is END:
+                    return
+                yield batch
+        finally:
+            self._loops -= 1
+            if self._loops == 0:
+                self._past += time.perf_counter() - self._began
+
+    @property
+    def whole(self) -> float:
+        """Seconds of the loops, the one under way among them; what stands in another one is counted once."""
+        return self._past + (time.perf_counter() - self._began if self._loops else 0.0)
+
+    @property
+    def share(self) -> float:
+        """Of the time of the loops, in [0, 1]."""
+        return self.seconds / max(1e-9, self.whole)
+
+    def told(self) -> str:
+        """A phase's line about it."""
+        seconds = f"{self.seconds:.1f} of {self.whole:.1f} s"
+        return f"the device waited for data {100 * self.share:.1f} % of the time ({seconds})"
