@@ -35,7 +35,7 @@ PARTS |= {
     "standardization",
     "survey",
 }
-PARTS |= {"conclusion", "showing"}
+PARTS |= {"conclusion", "merging", "publishing", "showing"}
 LEAVES = {
     "backbone",
     "checks",
@@ -55,6 +55,7 @@ LEAVES = {
     "run_log",
     "runtime",
     "scratch",
+    "shards",
     "thresholds",
     "typical",
 }
