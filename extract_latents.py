@@ -9,6 +9,7 @@ Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), 
 
 Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only
 latents.
+Under torchrun each process encodes a share, and the first makes the files, to the byte those of a single process.
 What a folder holds already of the same VAE, radiographs and settings is not made again, and a run that was interrupted
 goes on where it was.
 Look for: standardized mean near 0 and std near 1 on the validation rows too, and a short list of outliers.
@@ -75,6 +76,7 @@ def main() -> None:
     if config.runtime.resume and is_finished(out, made_of):
         for split, keys in keys_of(rows, settings).items():  # the files may lie elsewhere by now
             write_sources(out, split, datasets[split], keys)
+        remove_shards(out)
         team.end()
         print(f"{out} holds these latents already (--runtime.resume False makes them anew)")
         print(f"next: {command.next('train_flowdiff.py')}")
@@ -114,8 +116,7 @@ def main() -> None:
     write_sealed_json(out / "latents.json", description)
     for array in written:
         array.forget()
-    if not team.alone:
-        remove_shards(out)
+    remove_shards(out)
     team.end()
     summarize(latents, mean, std, outliers)
     held.close()

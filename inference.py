@@ -18,6 +18,9 @@ method plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| +
 
 method statistical  map = many views of what G changed, in standard deviations of validation normals, fused
 
+Under torchrun each process examines a share, and the first makes one result of all. --inference.shard does the same by
+jobs of their own: calibrate, then 1/8 to 8/8 in any order, then merge. Both leave the bytes of a single run.
+
 score = mean of the top_share highest values of the map; for reader, that of its map, plain_weight of that of the plain
         one and residual_weight of that of |x - dec(enc(x))|, each in standard deviations of validation normals
 
@@ -33,6 +36,7 @@ if __name__ == "__main__":
     interruption.begin()  # first: a signal may come during the imports below, too
 
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,7 +121,7 @@ def main() -> None:
     if team.leads:
         team.begin()
     if job or not team.alone:
-        examine_shard(job or team.shard, whole, team.run, records, model, calibration, config)
+        examine_shard(job or team.shard, whole, "" if job else team.run, records, model, calibration, config)
     if job or not team.leads:
         team.end()
         return
@@ -162,7 +166,8 @@ def examine_shard(
         if broken_off:
             refuse_too_many_bad(len(bad), len(records), config.data, folder / SKIPPED, broken_off=True)
     whole.label(shard, run)  # after it was let go: the first process may take it
-    print(f"examined {len(rows) - len(bad)} of {len(records)} images, {len(bad)} skipped: {folder}")
+    if not run:
+        print(f"examined {len(rows) - len(bad)} images, {len(bad)} skipped: {folder} is ready to be merged")
 
 
 def end_together(team: Team, whole: Whole, asked: str) -> None:
@@ -195,7 +200,7 @@ def examine(
     errors: list[ImageReadError] = []
     finest = tuple(calibration.file_sizes[1])
     batches = read_batches(records[begun : rows.stop], config.data, settings.batch_size, errors, times, finest)
-    steps, next_save = Steps(), SAVE_EVERY
+    steps, next_save, began = Steps(), SAVE_EVERY, time.perf_counter()
     bad = sum("error" in entry for entry in unfinished.entries)
     with bar(total=total, initial=done, desc="phase 4", unit="image") as progress:
         for number, batch in enumerate(steps.of(batches), 1):
@@ -243,6 +248,9 @@ def examine(
     if len(unfinished.entries) == total:  # not where it was broken off
         unfinished.save(total)
         remember(f"the same command goes on after {total} {goes_on}")
+        fresh_ones, seconds = rows.stop - begun, time.perf_counter() - began
+        if fresh_ones:
+            print(f"{fresh_ones} images at {fresh_ones / seconds:.2f} a second by this process")
 
 
 def shaping_results(calibration: Calibration, config: Config) -> dict:

@@ -26,7 +26,7 @@ from accelerate.utils import broadcast_object_list
 from checks import UsageError
 from files import unsealed, write_json, write_sealed_json
 from holding import hold, lock_of
-from progress import be_quiet
+from progress import be_quiet, warn
 
 TOGETHER = ".together.json"  # what the first process of a team told the others last
 SHARD = "shard.json"  # in a shard's folder: of what it is a part
@@ -154,9 +154,13 @@ def shards_in(out: Path) -> list[Shard]:
 
 
 def remove_shards(out: Path) -> None:
-    """Remove the folders of all shards below `out`; UsageError if somebody works in one."""
+    """Remove the folders of all shards below `out`, but those in which somebody works."""
     for shard in shards_in(out):
         folder = out / shard.name
-        with hold(folder, PURPOSE):
-            (folder / SHARD).unlink(missing_ok=True)  # first: half of it shall not pass for a shard
-        shutil.rmtree(folder, ignore_errors=True)  # what a network disk keeps of an open file is no shard any more
+        try:
+            with hold(folder, PURPOSE):
+                (folder / SHARD).unlink(missing_ok=True)  # first: half of it shall not pass for a shard
+        except UsageError as error:
+            warn(f"{folder} stays: {error}")
+            continue
+        shutil.rmtree(folder, ignore_errors=True)  # a network disk may keep what somebody still has open
