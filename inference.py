@@ -104,7 +104,10 @@ def main() -> None:
     if team.leads and not job:
         refuse_to_replace(out)
         held = hold(out, "results")
-    calibration = ready_calibration(model, config) if asked or not team.leads else calibration_of(model, config)
+    if team.leads and not asked:
+        calibration = calibration_of(model, config)
+    if asked or not team.alone:
+        calibration = ready_calibration(model, config)  # of the same file for all of them
 
     shaping, device = shaping_results(calibration, config), model.device.type
     identity = identity_of(records, **shaping, device=device)

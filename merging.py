@@ -2,7 +2,7 @@
 
 whole = Whole(...)                         what the shards are parts of
 whole.label(shard)                         in the shard's folder
-whole.join(shards, unfinished)             by a job of its own: refused unless all are there and of this whole
+whole.join(unfinished)                     by a job of its own: refused unless all are there and of this whole
 whole.join_team(team, unfinished)          by the first process of a torchrun: awaits the others
 """
 
@@ -37,7 +37,8 @@ class Whole:
         walk = {name: value for name, value in belongs_to.items() if name not in hashes}
         settings = {"inference": walk | shaping["settings"], "device": device, **others}
         names = {"vae_sha256": "the VAE", "flow_sha256": "the normalizer", "reader_sha256": "the reader"}
-        inputs = {names[name]: value for name, value in hashes.items()} | {"the radiographs": identity_of(records)}
+        inputs = {names.get(name, name): value for name, value in hashes.items()}
+        inputs["the radiographs"] = identity_of(records)
         inputs["what normals say"] = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
         made_of = RunIdentity(json.loads(json.dumps(settings)), inputs, ())
         return cls(out, identity, made_of, len(records), shaping["settings"]["batch_size"])
@@ -72,23 +73,19 @@ class Whole:
         missing = [shard for shard in found[0].everyone if shard not in found]
         if missing:
             raise UsageError(f"{self.out} lacks {', '.join(shard.name for shard in missing)}: {_again(missing[0])}")
-        for shard in found:
-            self._refuse_foreign(shard)
-        self._take([(shard, self._finished(shard)) for shard in found], unfinished)
+        self._take(found, unfinished)
 
     def join_team(self, team: Team, unfinished: Unfinished) -> None:
-        """The shards of all processes of a team, as one, each when it is there."""
+        """The shards of all processes of a team, as one, when all of them are there."""
+        for shard in team.shard.everyone:
+            wait_for(lambda shard=shard: label_of(self.folder(shard))["run"] == team.run or None)
+        self._take(team.shard.everyone, unfinished)
 
-        def ready(shard: Shard) -> dict | None:
-            if label_of(self.folder(shard))["run"] != team.run:
-                return None  # left by an earlier run
-            note = left_by(self.folder(shard), self.identity_of(shard))
-            return note if note and note["done"] == len(self.rows(shard)) else None
-
-        self._take([(shard, wait_for(lambda shard=shard: ready(shard))) for shard in team.shard.everyone], unfinished)
-
-    def _take(self, notes: list[tuple[Shard, dict]], unfinished: Unfinished) -> None:
-        for shard, note in notes:
+    def _take(self, shards: list[Shard], unfinished: Unfinished) -> None:
+        for shard in shards:
+            self._refuse_foreign(shard)
+        notes = [self._finished(shard) for shard in shards]
+        for shard, note in zip(shards, notes, strict=True):
             unfinished.take(self.folder(shard), note)
         unfinished.save(self.images)
 
