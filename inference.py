@@ -166,8 +166,7 @@ def examine_shard(
         examine(records, rows, unfinished, model, calibration, config)
         bad, broken_off = errors_in(unfinished, records), len(unfinished.entries) < len(rows)
         report_skipped(bad, len(rows), folder / SKIPPED)
-        if broken_off:
-            refuse_too_many_bad(len(bad), len(records), config.data, folder / SKIPPED, broken_off=True)
+        refuse_too_many_bad(len(bad), len(records), config.data, folder / SKIPPED, broken_off=broken_off)
     whole.label(shard, run)  # after it was let go: the first process may take it
     if not run:
         print(f"examined {len(rows) - len(bad)} images, {len(bad)} skipped: {folder} is ready to be merged")

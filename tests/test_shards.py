@@ -19,7 +19,8 @@ from files import SEAL
 from holding import hold
 from normalizer import Normalizer
 from reporting.lookup import LOOKUP
-from shards import SHARD, Shard, remove_shards, wait_for
+from results import KEPT, UNFINISHED
+from shards import Shard, remove_shards, wait_for
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 QUIET = ["--inference.figures", 0, "--inference.save-maps", "False", "--inference.report", "False"]
@@ -302,8 +303,8 @@ def test_a_job_of_slurm_that_is_preempted_is_written_and_goes_on_as_shards(call,
     out, whole = tmp_path / "phase4_inference", tmp_path / "whole/phase4_inference"
     words = ["inference.py", *flags_of(tmp_path, made.phantoms, *sources("inference", made), *slow)]
     job = submit(tmp_path / "bin", words, SLURM_GPUS_ON_NODE="2")
-    labels = [out / f"shard_{number}_of_2" / SHARD for number in (1, 2)]
-    while job.poll() is None and not all(label.exists() for label in labels):
+    kept = [out / f"shard_{number}_of_2" / UNFINISHED / KEPT for number in (1, 2)]
+    while job.poll() is None and not all(any(folder.glob("*.npz")) for folder in kept):
         time.sleep(0.005)
     job.send_signal(signal.SIGTERM)
     said = job.communicate(timeout=200)[1].decode()
