@@ -1,6 +1,7 @@
 """Leaf: the error that a user can put right, and what a setting must satisfy."""
 
 import math
+import re
 
 
 class UsageError(Exception):
@@ -42,3 +43,11 @@ def require_between(phase: str, config: object, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 < value < 1, f"{phase}.{name} must lie in (0, 1), got {value}")
+
+
+def require_part(name: str, value: str, words: tuple[str, ...]) -> None:
+    """A setting is one of these words, or says which of how many parts: 1/8 to 8/8."""
+    found = re.fullmatch(r"([1-9]\d{0,5})/([1-9]\d{0,5})", value)
+    inside = value in words or (found and int(found[1]) <= int(found[2]))
+    named = ", ".join(word for word in words if word)
+    require(bool(inside), f"{name} must be {named}, or a part such as 2/8 (the second of eight), got {value}")

@@ -12,7 +12,7 @@ same at every resolution: 0.004 is one pixel at 256.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from checks import require, require_between, require_positive, require_ranges
+from checks import require, require_between, require_part, require_positive, require_ranges
 from config_reading import CalibrationConfig, ReaderConfig
 
 LARGEST_SIDE = 8192  # pixels of the model's input; beyond any detector and any memory
@@ -259,6 +259,8 @@ class InferenceConfig:
     save_maps: bool = True  # anomaly maps as .npy at the size of the original image
     # Secondary Capture and Segmentations of every DICOM input, for an archive; they name the patient, as the input does
     dicom: bool = False
+    # by independent jobs: calibrate makes what all need, 2/8 examines the second of eight parts, merge joins the parts
+    shard: str = ""
     vae_checkpoint: str = "./outputs/phase1_vae/checkpoint_best.pt"  # the VAE of phase 1
     flow_checkpoint: str = "./outputs/phase3_flowdiff/checkpoint_best.pt"  # the normalizer of phase 3
     calibration: str = "./outputs/calibration"  # what normals say: made once per pair of checkpoints, then read
@@ -274,6 +276,7 @@ class InferenceConfig:
         require_ranges("inference", self, ("steps", "draws", "batch_size"), 1)
         require(0 < self.top_share <= 1, f"inference.top_share must lie in (0, 1], got {self.top_share}")
         require_ranges("inference", self, ("figures",), -1)
+        require_part("inference.shard", self.shard, ("", "calibrate", "merge"))
 
 
 @dataclass(frozen=True)

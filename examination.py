@@ -26,12 +26,15 @@ from scratch import nameless_array
 from survey import magnification_of
 
 
-def open_normalizer(command: CommandLine) -> tuple[Normalizer, Config]:
-    """G as the command line names it, and the config with what its checkpoints say; UsageError under torchrun."""
+def open_normalizer(command: CommandLine, several: bool = False) -> tuple[Normalizer, Config]:
+    """G as the command line names it, and the config with what its checkpoints say.
+
+    UsageError under torchrun, unless the script is one for `several` processes.
+    """
     settings, runtime = command.config.inference, command.config.runtime
     accelerator = start(runtime)
-    if accelerator.num_processes > 1:
-        raise UsageError("phase 4 runs in one process: start it with python, not torchrun")
+    if accelerator.num_processes > 1 and not several:
+        raise UsageError("this script runs in one process: start it with python, not torchrun")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
     checkpoints = settings.vae_checkpoint, settings.flow_checkpoint
     model = Normalizer.load(*checkpoints, settings, runtime.seed, accelerator.device)
@@ -108,6 +111,22 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
     return made
 
 
+def ready_calibration(model: Normalizer, config: Config) -> Calibration:
+    """What normals say, made for these checkpoints and settings before; UsageError, with the command, if it was not."""
+    folder, method = Path(config.inference.calibration), config.inference.method
+    reader, path = None, folder / READER
+    if method == "reader" and path.is_file():
+        stored = stored_reader(path)
+        reader = Reader.rebuild(stored, model.device) if is_reader_of(stored, model, config) else None
+    known = Calibration.load(folder, method, reader) if method != "reader" or reader else None
+    if known is None or known.belongs_to != shaping(model, config, reader):
+        raise UsageError(
+            f"{folder} has no calibration of these checkpoints and settings, and all shards share one: run python "
+            "inference.py with the same flags and --inference.shard calibrate first"
+        )
+    return known
+
+
 def refuse_to_lose_the_backbone(stored: dict, config: Config, folder: Path) -> None:
     """UsageError if a reader made with a backbone would give way to one without, because none is installed here."""
     had, have = stored["belongs_to"].get("backbone", "none"), with_backbone(config.reader).backbone
@@ -131,16 +150,21 @@ def kept_reader(model: Normalizer, config: Config) -> Reader | None:
     if not path.is_file():
         return None
     stored = stored_reader(path)
-    known = stored["belongs_to"]
-    if known == reader_identity(model, config, known.get("pictures", "")):
+    if is_reader_of(stored, model, config):
         print(f"reader read from {path}")
         stored["settings"]["tuned_share"] = config.reader.tuned_share  # it shapes no weight
         return Reader.rebuild(stored, model.device)
     refuse_to_lose_the_backbone(stored, config, folder)
-    earlier = known.get("recipe") != RECIPE
+    earlier = stored["belongs_to"].get("recipe") != RECIPE
     why = "was made by another version of this code" if earlier else "belongs to other checkpoints or settings"
     print(f"the reader in {folder} {why}: trained anew")
     return None
+
+
+def is_reader_of(stored: dict, model: Normalizer, config: Config) -> bool:
+    """Whether a stored reader was trained for these checkpoints and settings."""
+    known = stored["belongs_to"]
+    return known == reader_identity(model, config, known.get("pictures", ""))
 
 
 def new_reader(model: Normalizer, config: Config) -> Reader:

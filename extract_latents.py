@@ -11,6 +11,7 @@ Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), 
 
 Training images can be encoded several times under augmentation (latent.augmented_copies): the UNet of phase 3 sees only
 latents.
+Under torchrun each process encodes a share, and the first makes the files, to the byte those of a single process.
 What a folder holds already of the same VAE, radiographs and settings is not made again, and a run that was interrupted
 goes on where it was.
 Look for: standardized mean near 0 and std near 1 on the validation rows too, and a short list of outliers.
@@ -25,6 +26,7 @@ if __name__ == "__main__":
 import pickle
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from command_line import parse_command
 from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, LatentConfig
 from dataset import RadiographDataset, open_normals
 from files import load_checkpoint, sha256, write_atomically, write_sealed_json
-from growing import GrowingArray
+from growing import GrowingArray, finished_rows
 from holding import hold
 from interruption import Steps, ignore_signals, remember
 from latent_dataset import FORMAT, read_latents_json
@@ -43,6 +45,7 @@ from model import RadiographVAE, rebuild_vae
 from progress import bar
 from radiographs.membership import Membership
 from runtime import plain, run_script, shareable, start, without
+from shards import PURPOSE, Shard, Team, label, label_of, remove_shards, wait_for
 from typical import Typical, summary_of
 from waiting import Waiting
 
@@ -58,33 +61,42 @@ def main() -> None:
     vae_sha256 = sha256(settings.vae_checkpoint)
     config = command.adopt({**checkpoint, "unet": checkpoint["config"]["unet"]}, settings.vae_checkpoint)
     accelerator = start(config.runtime)
-    if accelerator.num_processes > 1:
-        raise UsageError("phase 2 runs in one process: start it with python, not torchrun")
+    team = Team(out)
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
     vae = rebuild_vae(checkpoint).to(accelerator.device)
 
-    held = hold(out, "latents")
-    datasets = open_normals(config.data, config.runtime.seed, out / "skipped_local_only.csv")
+    held = hold(out, "latents") if team.leads else None
+    datasets = open_normals(config.data, config.runtime.seed, out / "skipped_local_only.csv", quiet=not team.leads)
     rows = {"train": list(range(len(datasets["train"]))), "val": unseen_rows(datasets["val"], checkpoint, settings)}
 
     made_of = made_from(config, datasets, rows, vae_sha256)
+    encoder = Encoder(vae, datasets, made_of, config, accelerator.device, Waiting())
+    if not team.leads:
+        if team.may_begin():
+            encode_shard(encoder, keys_of(rows, settings), team, out)
+        team.end()
+        return
     if config.runtime.resume and is_finished(out, made_of):
         for split, keys in keys_of(rows, settings).items():  # the files may lie elsewhere by now
             write_sources(out, split, datasets[split], keys)
+        remove_shards(out)
+        team.end()
         print(f"{out} holds these latents already (--runtime.resume False makes them anew)")
         print(f"next: {command.next('train_flowdiff.py')}")
         return
 
     # From here until it is written again nothing that lies in the folder may pass for finished.
     (out / "latents.json").unlink(missing_ok=True)
+    team.begin()
+    if not team.alone:
+        encode_shard(encoder, keys_of(rows, settings), team, out)
     latents: dict[str, np.ndarray] = {}
     written: list[GrowingArray] = []
-    waiting = Waiting()
     for split, keys in keys_of(rows, settings).items():
-        dataset, path = datasets[split], out / f"latents_{split}.npy"
-        written.append(encode_to_file(vae, dataset, keys, path, made_of, config, accelerator.device, waiting))
+        path = out / f"latents_{split}.npy"
+        written.append(encode_to_file(encoder, split, keys, path) if team.alone else join(encoder, keys, team, path))
         latents[split] = np.load(path, mmap_mode="r", allow_pickle=False)
-        write_sources(out, split, dataset, keys)
+        write_sources(out, split, datasets[split], keys)
 
     mean, std = channel_statistics(latents["train"])
     outliers = find_outliers(latents, settings.outlier_std)
@@ -107,9 +119,11 @@ def main() -> None:
     write_sealed_json(out / "latents.json", description)
     for array in written:
         array.forget()
+    remove_shards(out)
+    team.end()
     summarize(latents, mean, std, outliers)
     held.close()
-    print(waiting.told())
+    print(encoder.waiting.told())
     print(f"wrote {out}\nnext: {command.next('train_flowdiff.py')}")
 
 
@@ -178,25 +192,32 @@ def members_of(datasets: dict[str, RadiographDataset], rows: dict[str, list[int]
     return Membership.of(patients, digests, prints).plain()
 
 
-def encode_to_file(
-    vae: RadiographVAE,
-    dataset: RadiographDataset,
-    keys: list[tuple[int, int]],
-    path: Path,
-    made_of: dict,
-    config: Config,
-    device: torch.device,
-    waiting: Waiting,
-) -> GrowingArray:
+class Encoder(NamedTuple):
+    """What latents are made with."""
+
+    vae: RadiographVAE
+    datasets: dict[str, RadiographDataset]
+    made_of: dict
+    config: Config
+    device: torch.device
+    waiting: Waiting
+
+    def file_of(self, keys: list[tuple[int, int]]) -> tuple[tuple[int, ...], dict]:
+        """Of the .npy of these keys, the shape and everything that it follows from."""
+        config = self.config
+        grid = config.data.height // VAE_DOWNSAMPLING, config.data.width // VAE_DOWNSAMPLING
+        more = {"keys": keys, "batch_size": config.latent.batch_size, "device": self.device.type}
+        return (len(keys), self.vae.latent_channels, *grid), {**self.made_of, **more}
+
+
+def encode_to_file(encoder: Encoder, split: str, keys: list[tuple[int, int]], path: Path) -> GrowingArray:
     """The latents of (copy, row) keys as .npy, whole or not at all, written batch by batch: memory stays constant.
 
     Copy 0 is the image as it is; the epoch number of an augmented image is its copy number. A run that was interrupted
     goes on between two batches, so that the bytes are those of one that was not.
     """
-    height, width = config.data.height // VAE_DOWNSAMPLING, config.data.width // VAE_DOWNSAMPLING
-    size, shape = config.latent.batch_size, (len(keys), vae.latent_channels, height, width)
-    made_of = {**made_of, "keys": keys, "batch_size": size, "device": str(device)}
-    array = GrowingArray(path, shape, made_of, config.runtime.resume)
+    dataset, config, size = encoder.datasets[split], encoder.config, encoder.config.latent.batch_size
+    array = GrowingArray(path, *encoder.file_of(keys), config.runtime.resume)
     if array.rows:
         print(f"{path.name}: {array.rows} of {len(keys)} latents are there already")
     plain_keys = [key for key in keys if key[0] == 0]
@@ -207,13 +228,49 @@ def encode_to_file(
             left, done = wanted[done:], max(0, done - len(wanted))
             workers = config.data.num_workers if left else 0
             loader = DataLoader(images, size, sampler=left, num_workers=workers, worker_init_fn=ignore_signals)
-            for number, batch in enumerate(steps.of(waiting.of(loader)), 1):
-                mean, _ = vae.encode(batch["image"].to(device))
+            for number, batch in enumerate(steps.of(encoder.waiting.of(loader)), 1):
+                mean, _ = encoder.vae.encode(batch["image"].to(encoder.device))
                 array.append(mean.float().cpu().numpy())
                 progress.update(len(mean))
                 if number % SAVE_EVERY == 0 or steps.asked:
                     array.save()
                     remember(f"the same command goes on after {array.rows} of {len(keys)} latents of {path.name}")
+    array.finish()
+    return array
+
+
+# ---------------------------------------------------------------- several processes
+
+
+def keys_of_shard(keys: list[tuple[int, int]], shard: Shard, size: int) -> list[tuple[int, int]]:
+    """The keys that one of several processes encodes: whole batches, cut as `encode_to_file` cuts all of them."""
+    plain_keys = sum(copy == 0 for copy, _ in keys)
+    starts = [*range(0, plain_keys, size), *range(plain_keys, len(keys), size), len(keys)]
+    own = shard.cut(len(starts) - 1)
+    return keys[starts[own.start] : starts[own.stop]]
+
+
+def encode_shard(encoder: Encoder, keys: dict[str, list[tuple[int, int]]], team: Team, out: Path) -> None:
+    """What this process encodes of every split, in a folder of its own."""
+    folder, size = out / team.shard.name, encoder.config.latent.batch_size
+    with hold(folder, PURPOSE):
+        for split, everyone in keys.items():
+            encode_to_file(encoder, split, keys_of_shard(everyone, team.shard, size), folder / f"latents_{split}.npy")
+    label(folder, {}, team.run)
+
+
+def join(encoder: Encoder, keys: list[tuple[int, int]], team: Team, path: Path) -> GrowingArray:
+    """The latents of all processes, each when they are there, as one .npy: that of a single process."""
+    array, begun = GrowingArray(path, *encoder.file_of(keys), encoder.config.runtime.resume), 0
+    for shard in team.shard.everyone:
+        folder, own = path.parent / shard.name, keys_of_shard(keys, shard, encoder.config.latent.batch_size)
+        wait_for(lambda folder=folder: label_of(folder)["run"] == team.run or None)
+        rows = finished_rows(folder / path.name, *encoder.file_of(own))
+        if rows is None:
+            raise UsageError(f"{folder} changed while it was read: give the same command again")
+        for first in range(max(0, array.rows - begun), len(own), SAVE_EVERY):
+            array.append(np.array(rows[first : first + SAVE_EVERY]))
+        begun += len(own)
     array.finish()
     return array
 

@@ -20,7 +20,7 @@ class GrowingArray:
     def __init__(self, path: Path, shape: tuple[int, ...], made_from: dict, resume: bool):
         self.path, self.shape = path, shape
         self.part, self.note = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.json")
-        self.made_from = hashlib.sha256(json.dumps([made_from, shape], sort_keys=True).encode()).hexdigest()
+        self.made_from = _hash_of(made_from, shape)
         self.row_bytes = 4 * int(np.prod(shape[1:]))
         path.parent.mkdir(parents=True, exist_ok=True)
         self.rows, self.digest = 0, hashlib.sha256()
@@ -77,6 +77,21 @@ class GrowingArray:
     def forget(self) -> None:
         """Whatever was to be made of the rows is made."""
         self.note.unlink(missing_ok=True)
+
+
+def finished_rows(path: Path, shape: tuple[int, ...], made_from: dict) -> np.ndarray | None:
+    """All rows of an array that another process finished and did not forget, mapped from disk; None before that."""
+    try:
+        note = unsealed(json.loads(path.with_name(f".{path.name}.json").read_text()))
+        whole = note["rows"] == shape[0] and note["made_from"] == _hash_of(made_from, shape)
+        rows = np.load(path, mmap_mode="r", allow_pickle=False) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return rows if rows is not None and rows.shape == shape else None
+
+
+def _hash_of(made_from: dict, shape: tuple[int, ...]) -> str:
+    return hashlib.sha256(json.dumps([made_from, shape], sort_keys=True).encode()).hexdigest()
 
 
 def _header_size(path: Path) -> int:

@@ -43,7 +43,7 @@ def hold(folder: Path | str, purpose: str) -> Held:
     warning says so.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
-    path = Path(folder) / f".{purpose}.lock"
+    path = Path(folder) / lock_of(purpose)
     file = open(path, "a+", encoding="utf-8")
     try:
         if fcntl is None:
@@ -80,6 +80,11 @@ def take(descriptor: int, alone: bool, wait: bool = False) -> bool:
     return True
 
 
+def lock_of(purpose: str) -> str:
+    """The name of the file by which a folder is held for a purpose."""
+    return f".{purpose}.lock"
+
+
 def _owner(path: Path) -> dict | None:
     """Who holds a lock, as its file says; None if it says nothing."""
     try:
@@ -101,9 +106,13 @@ def _taken(folder: Path | str, owner: dict | None) -> str:
 def remove_leftovers(folder: Path | str) -> None:
     """Remove what processes that were killed in the middle of a write left in a folder, and below it.
 
-    Only those of processes that are no more, by their number on this machine: call it where no other may write.
+    Only those of processes that are no more, by their number on this machine: call it where no other may write. A
+    folder below that has a lock of its own is left to who holds it, perhaps on another machine.
     """
+    others = {lock.parent for lock in Path(folder).rglob(".*.lock") if lock.parent != Path(folder)}
     for path in Path(folder).rglob(".*.tmp"):
+        if not others.isdisjoint(path.parents):
+            continue
         number = path.suffixes[-2][1:] if len(path.suffixes) > 1 else ""
         if number.isdecimal() and int(number) != os.getpid() and not is_alive(int(number)):
             path.unlink(missing_ok=True)

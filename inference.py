@@ -20,6 +20,9 @@ method plain        map = alpha_l1 |x - G(x)| + beta_grad |grad x - grad G(x)| +
 
 method statistical  map = many views of what G changed, in standard deviations of validation normals, fused
 
+Under torchrun each process examines a share, and the first makes one result of all. --inference.shard does the same by
+jobs of their own: calibrate, then 1/8 to 8/8 in any order, then merge. Both leave the bytes of a single run.
+
 score = mean of the top_share highest values of the map; for reader, that of its map, plain_weight of that of the plain
         one and residual_weight of that of |x - dec(enc(x))|, each in standard deviations of validation normals
 
@@ -35,7 +38,8 @@ if __name__ == "__main__":
     interruption.begin()  # first: a signal may come during the imports below, too
 
 
-import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,100 +47,167 @@ import torch
 
 from archive import Archive
 from calibration import Calibration
+from checks import UsageError
 from command_line import parse_command
 from conclusion import REMARKS, conclude
 from config import Config
-from dataset import Sample, attempt_sample, read_batches, refuse_too_many_bad, report_skipped
-from examination import calibration_of, open_normalizer, records_to_examine, refuse_known_content, remarks_on
-from files import write_binary, write_csv, write_json
+from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
+from examination import (
+    calibration_of,
+    open_normalizer,
+    ready_calibration,
+    records_to_examine,
+    refuse_known_content,
+    remarks_on,
+)
+from files import write_binary
 from holding import hold
 from interruption import Steps, remember
-from metrics import summarize
+from merging import Whole
 from normalizer import Normalizer
 from progress import bar, warn
+from publishing import SKIPPED, errors_in, metrics_in, publish, same_errors
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
 from reporting.figures import ColourScale
 from reporting.layers import FOLDER, save_layers
-from reporting.lookup import LOOKUP, Pseudonyms
-from reporting.report import Findings, write_report
 from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
-from runtime import run_script, shareable
+from runtime import run_script
+from shards import PURPOSE, Shard, Team, remove_shards
 from showing import draw, layers_of, title_of
 from survey import magnification_of
-from thresholds import expected_false_positive_rate, false_positive_interval
 from waiting import Waiting
 
 RECIPE = 2  # raise it when code changes the results of the same files and settings
-SKIPPED = "skipped_local_only.csv"
-COLUMNS = ["index", "name", "score", "p_value", "flagged", "label", "kind", "remarks"]
 SAVE_EVERY = 10  # batches at first, then a twentieth of those that are done: the note grows with them
 
 
 def main() -> None:
     """Phase 4, from the command line."""
-    model, config = open_normalizer(parse_command(__doc__))
-    settings = config.inference
+    model, config = open_normalizer(parse_command(__doc__), several=True)
+    asked, out = config.inference.shard, Path(config.inference.output)
+    config = replace(config, inference=replace(config.inference, shard=""))  # results do not depend on it
+    team = Team(out)
+    if asked and not team.alone:
+        raise UsageError(
+            "under torchrun every process is a shard: leave --inference.shard out, or start it with python"
+        )
+    if asked == "calibrate":
+        calibration_of(model, config)
+        print(f"ready for all shards: {config.inference.calibration}")
+        return
+    if not team.leads and not team.may_begin():
+        team.end()
+        return
     records = records_to_examine(model, config)
-    out = Path(settings.output)
     refuse_to_write_among(records, out)
-    refuse_to_replace(out)
-    held = hold(out, "results")
-    calibration = calibration_of(model, config)
+    job = Shard.parse(asked) if "/" in asked else None
+    held = None
+    if team.leads and not job:
+        refuse_to_replace(out)
+        held = hold(out, "results")
+    if team.leads and not asked:
+        calibration = calibration_of(model, config)
+    if asked or not team.alone:
+        calibration = ready_calibration(model, config)  # of the same file for all of them
 
-    identity = identity_of(records, **shaping_results(calibration, config), device=str(model.device))
+    shaping, device = shaping_results(calibration, config), model.device.type
+    identity = identity_of(records, **shaping, device=device)
+    whole = Whole.of(out, identity, records, shaping, device)
     entries, skipped = finished_entries(out, identity) if config.runtime.resume else None, out / SKIPPED
     errors = same_errors(entries or [], records, config)
-    if entries is not None and errors is not None:
+    if team.leads and entries is not None and errors is not None:
         print(f"{out} holds these results already (--runtime.resume False examines anew)")
         report_skipped(errors, len(records), skipped)
         refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=len(errors) == len(records))
+        end_together(team, whole, asked)
         conclude(entries, calibration, metrics_in(out), config)
         return
-    unfinished = Unfinished(out, identity, config.runtime.resume)
-    if same_errors(unfinished.entries, records, config) is None:
+    if team.leads:
+        team.begin()
+    if job or not team.alone:
+        examine_shard(job or team.shard, whole, "" if job else team.run, records, model, calibration, config)
+    if job or not team.leads:
+        team.end()
+        return
+    unfinished = taken_up(out, identity, records, config)
+    if asked != "merge" and team.alone:
+        examine(records, range(len(records)), unfinished, model, calibration, config)
+    elif unfinished.done < len(records):
         unfinished = Unfinished(out, identity, resume=False)
-    write_json(unfinished.folder / "config.json", shareable(config))
-    examine(records, unfinished, model, calibration, config)
+        whole.join(unfinished) if team.alone else whole.join_team(team, unfinished)
 
-    entries = unfinished.entries
-    errors = [ImageReadError(records[entry["index"]].path, entry["error"]) for entry in entries if "error" in entry]
-    rows = [entry["row"] for entry in entries if "row" in entry]
-    report_skipped(errors, len(records), skipped)
-    broken_off = len(entries) < len(records)
-    refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=not rows, broken_off=broken_off)
-    write_csv(unfinished.folder / "scores.csv", COLUMNS, rows)
-    metrics = measure(records, unfinished, calibration)
-    if metrics:
-        write_json(unfinished.folder / "metrics.json", metrics)
-    if settings.report:
-        write_report(unfinished.folder, findings(entries, calibration, metrics, config))
-    unfinished.publish()
+    metrics = publish(records, unfinished, calibration, shaping, config)
+    end_together(team, whole, asked)
     held.close()
-    conclude(entries, calibration, metrics, config)
+    conclude(unfinished.entries, calibration, metrics, config)
+
+
+def taken_up(folder: Path, identity: str, records: list[Record], config: Config) -> Unfinished:
+    """The examination in a folder, from where it was left; from the beginning where what was an error is none now."""
+    unfinished = Unfinished(folder, identity, config.runtime.resume)
+    if same_errors(unfinished.entries, records, config) is None:
+        unfinished = Unfinished(folder, identity, resume=False)
+    return unfinished
+
+
+def examine_shard(
+    shard: Shard,
+    whole: Whole,
+    run: str,
+    records: list[Record],
+    model: Normalizer,
+    calibration: Calibration,
+    config: Config,
+) -> None:
+    """Some of the records, in the folder of the shard, where they stay until all shards are joined."""
+    folder, rows = whole.folder(shard), whole.rows(shard)
+    with hold(folder, PURPOSE):
+        unfinished = taken_up(folder, whole.identity_of(shard), records, config)
+        whole.label(shard)
+        examine(records, rows, unfinished, model, calibration, config)
+        bad, broken_off = errors_in(unfinished, records), len(unfinished.entries) < len(rows)
+        report_skipped(bad, len(rows), folder / SKIPPED)
+        refuse_too_many_bad(len(bad), len(records), config.data, folder / SKIPPED, broken_off=broken_off)
+    whole.label(shard, run)  # after it was let go: the first process may take it
+    if not run:
+        print(f"examined {len(rows) - len(bad)} images, {len(bad)} skipped: {folder} is ready to be merged")
+
+
+def end_together(team: Team, whole: Whole, asked: str) -> None:
+    """The result is there: shards are removed, and whoever waits for it is told."""
+    if asked == "merge" or not team.alone:
+        remove_shards(whole.out)
+    team.end()
 
 
 def examine(
-    records: list[Record], unfinished: Unfinished, model: Normalizer, calibration: Calibration, config: Config
+    records: list[Record],
+    rows: range,
+    unfinished: Unfinished,
+    model: Normalizer,
+    calibration: Calibration,
+    config: Config,
 ) -> None:
-    """Every record that is not examined yet: its entry, its map, its figure."""
+    """Every record of these rows that is not examined yet: its entry, its map, its figure."""
     settings, fresh, done = config.inference, unfinished.folder, unfinished.done
-    names = names_so_far(records, unfinished)
     places = {record.path: index for index, record in enumerate(records)}
     drawn, times = figures_to_draw(records, settings.figures), magnification_of(config)
     scale, threshold = ColourScale(**calibration.scale), calibration.score_threshold(settings.image_fpr)
-    if not any(members.prints for members in model.members):
+    if rows.start == 0 and not any(members.prints for members in model.members):
         warn("these checkpoints are of an earlier version: copies of radiographs that trained are not remarked on")
     if done:
-        print(f"continuing after {done} of {len(records)} images (--runtime.resume False examines anew)")
-    objects = Archive(fresh, calibration, config, records[:done]) if settings.dicom else None
+        print(f"continuing after {done} of {len(rows)} images (--runtime.resume False examines anew)")
+    begun, total = rows.start + done, len(rows)
+    goes_on = f"of {total} images{'' if total == len(records) else ' of this shard'}"
+    objects = Archive(fresh, calibration, config, records[:begun]) if settings.dicom else None
     errors: list[ImageReadError] = []
     finest = tuple(calibration.file_sizes[1])
-    batches = read_batches(records[done:], config.data, settings.batch_size, errors, times, finest)
-    steps, begun, next_save, waiting = Steps(), done, SAVE_EVERY, Waiting()
+    batches = read_batches(records[begun : rows.stop], config.data, settings.batch_size, errors, times, finest)
+    steps, next_save, began, waiting = Steps(), SAVE_EVERY, time.perf_counter(), Waiting()
     bad = sum("error" in entry for entry in unfinished.entries)
-    with bar(total=len(records), initial=done, desc="phase 4", unit="image") as progress:
+    with bar(total=total, initial=done, desc="phase 4", unit="image") as progress:
         for number, batch in enumerate(steps.of(waiting.of(batches)), 1):
             unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
             bad += len(errors)
@@ -151,7 +222,7 @@ def examine(
                 refuse_known_content(model, sample, index, config)
                 record, score, anomaly_map = records[index], scores[position], maps[position, 0].cpu().numpy()
                 p_value, figure = calibration.p_value(score), f"result_{index:03d}.png" if index in drawn else ""
-                row = [f"{index:03d}", names.name(index, record.path), f"{score:.6f}", f"{p_value:.4f}"]
+                row = [f"{index:03d}", "", f"{score:.6f}", f"{p_value:.4f}"]  # its name comes last
                 row += [int(score > threshold), "" if record.label is None else record.label, record.kind]
                 remarks = remarks_on(sample, model, calibration, config) | {"foreign": foreign[position]}
                 row.append("; ".join(told for name, told in REMARKS.items() if remarks[name]))
@@ -169,41 +240,23 @@ def examine(
                 if figure:
                     title = f"{title_of(index, score, p_value, threshold, record)}  |  method {settings.method}"
                     draw(fresh / figure, seen, position, anomaly_map, title, scale, sample.mask)
-            done = min(len(records), begun + settings.batch_size * (1 + batch[-1][0] // settings.batch_size))
+            done = min(total, begun - rows.start + settings.batch_size * (1 + batch[-1][0] // settings.batch_size))
             progress.update(done - progress.n)
             if number >= next_save or steps.asked:
                 next_save = number + max(SAVE_EVERY, number // 20)
-                names.save(fresh)
                 unfinished.save(done)
-                remember(f"the same command goes on after {done} of {len(records)} images")
+                remember(f"the same command goes on after {done} {goes_on}")
             if bad > config.data.max_bad_share * len(records):
                 break  # refused afterwards: no need to examine the rest first
     print(waiting.told())
     unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
     unfinished.entries.sort(key=lambda entry: entry["index"])
-    names.save(fresh)
-    if len(unfinished.entries) == len(records):  # not where it was broken off
-        unfinished.save(len(records))
-        remember(f"the same command goes on after {len(records)} of {len(records)} images")
-
-
-def names_so_far(records: list[Record], unfinished: Unfinished) -> Pseudonyms:
-    """The names that images have in tables, those of the records that are examined already among them.
-
-    A run that was killed while results were moved has left the lookup in place.
-    """
-    here = (unfinished.folder / LOOKUP).is_file()
-    names = Pseudonyms(unfinished.folder if here else unfinished.out)
-    for entry in unfinished.entries:
-        if "row" in entry:
-            names.name(entry["index"], records[entry["index"]].path)  # the table is written as a whole
-    return names
-
-
-def same_errors(entries: list[dict], records: list[Record], config: Config) -> list[ImageReadError] | None:
-    """The files that could not be read, read again; None if one of them can be by now."""
-    again = [attempt_sample(records[entry["index"]], config.data) for entry in entries if "error" in entry]
-    return again if all(isinstance(result, ImageReadError) for result in again) else None
+    if len(unfinished.entries) == total:  # not where it was broken off
+        unfinished.save(total)
+        remember(f"the same command goes on after {total} {goes_on}")
+        fresh_ones, seconds = rows.stop - begun, time.perf_counter() - began
+        if fresh_ones:
+            print(f"{fresh_ones} images at {fresh_ones / seconds:.2f} a second by this process")
 
 
 def shaping_results(calibration: Calibration, config: Config) -> dict:
@@ -214,12 +267,6 @@ def shaping_results(calibration: Calibration, config: Config) -> dict:
     settings = {name: getattr(config.inference, name) for name in asked} | {"outlier_std": config.latent.outlier_std}
     made_by = {"recipe": RECIPE, "torch": torch.__version__}
     return {"calibration": known, "settings": settings, "preprocessing": config.data.preprocessing, **made_by}
-
-
-def metrics_in(out: Path) -> dict | None:
-    """What an earlier run measured, if there were labels."""
-    path = out / "metrics.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 # ---------------------------------------------------------------- results
@@ -240,31 +287,6 @@ def save_map(path: Path, anomaly_map: np.ndarray, sample: Sample, config: Config
     """The map (H, W) as float32 .npy at the size of the original image."""
     full = unfit_map(anomaly_map, sample.original_shape, config.data.fit, magnification_of(config))
     write_binary(path, lambda file: np.save(file, full))
-
-
-def findings(entries: list[dict], calibration: Calibration, metrics: dict | None, config: Config) -> Findings:
-    """What the report tells: nothing that the identity of the examination does not say already."""
-    rate = config.inference.image_fpr
-    normals = len(calibration.scores)
-    expected = expected_false_positive_rate(normals, rate), false_positive_interval(normals, rate)
-    shaping = shaping_results(calibration, config)
-    return Findings(entries, shaping, calibration.score_threshold(rate), *expected, metrics)
-
-
-def measure(records: list[Record], unfinished: Unfinished, calibration: Calibration) -> dict | None:
-    """Everything for metrics.json; None unless there are labels of both kinds."""
-    known = [entry for entry in unfinished.entries if "row" in entry and records[entry["index"]].label is not None]
-    labelled = [records[entry["index"]] for entry in known]
-    labels = [record.label for record in labelled]
-    if len(set(labels)) < 2:
-        return None
-    kept = [unfinished.kept(entry["index"]) for entry in known]
-    maps, masks = [each[0] for each in kept], [each[1] for each in kept]
-    kinds, patients = [record.kind for record in labelled], [record.patient for record in labelled]
-    threshold, scores = calibration.pixel_threshold, [entry["score"] for entry in known]
-    metrics = summarize(scores, labels, kinds, maps, masks, threshold, patients)
-    metrics["validation_normals"] = calibration.validation_normals()
-    return metrics
 
 
 if __name__ == "__main__":

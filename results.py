@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from checks import UsageError
-from files import sha256, unsealed, write_binary, write_sealed_json
+from files import sha256, unsealed, write_atomically, write_binary, write_sealed_json
 from radiographs.manifest import Record
 from reporting.layers import PATTERNS
 from reporting.report import REPORT
@@ -102,6 +102,21 @@ def _is_there(path: Path, size: int) -> bool:
     return state is not None and state[0] == size
 
 
+def left_by(out: Path, identity: str) -> dict | None:
+    """What an unfinished examination of this identity noted last, if all its files are there: entries, done, files."""
+    note = _note_of(out / UNFINISHED, identity)
+    whole = note and all(_is_there(out / UNFINISHED / name, size) for name, size in note["files"].items())
+    return note if whole else None
+
+
+def _second_name(file: Path, place: Path) -> None:
+    """The file under another name, too; as a copy where the disk knows no second names."""
+    try:
+        os.link(file, place)
+    except OSError:
+        write_atomically(place, lambda beside: shutil.copy(file, beside))
+
+
 class Unfinished:
     """An examination on its way: what is known of the first so many records, one entry each.
 
@@ -147,6 +162,14 @@ class Unfinished:
                 return arrays["map"], arrays.get("mask")
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UsageError(f"{path} is damaged: give the command again with --runtime.resume False") from error
+
+    def take(self, source: Path, note: dict) -> None:
+        """What another examination left, by its note: its files (`source` keeps its own) and its entries."""
+        for name in note["files"]:
+            place = self.folder / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _second_name(source / UNFINISHED / name, place)
+        self.entries += note["entries"]
 
     def save(self, done: int) -> None:
         """Of the first `done` records everything is written: from here a killed examination goes on."""

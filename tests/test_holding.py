@@ -100,3 +100,16 @@ def test_what_a_killed_process_was_writing_is_cleared_away_and_nothing_else(tmp_
 
 def test_who_is_alive():
     assert is_alive(os.getpid()) and is_alive(1) and not is_alive(dead_process())
+
+
+def test_a_folder_below_with_a_lock_of_its_own_is_left_to_who_holds_it(tmp_path):
+    """On another machine a process of that number may be alive, and write."""
+    inner = tmp_path / "shard_1_of_2"
+    hold(inner, "shard").close()
+    (inner / "maps").mkdir()
+    file = inner / "maps" / f".000.npy.{dead_process()}.tmp"
+    file.write_text("half")
+    hold(tmp_path, "results").close()
+    assert file.exists()
+    hold(inner, "shard").close()
+    assert not file.exists()

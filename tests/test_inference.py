@@ -327,10 +327,10 @@ def test_phase_4_without_phase_3_names_it(call, tmp_path):
     assert result.error == f"error: {tmp_path / 'none.pt'} is missing: run python train_flowdiff.py first"
 
 
-def test_several_processes_are_refused(call, monkeypatch):
+def test_an_export_by_several_processes_is_refused(call, monkeypatch, tmp_path):
     several = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     monkeypatch.setattr(examination, "start", lambda runtime: several)
-    result = call("inference")
+    result = call("export", "--out", tmp_path / "normalizer")
     assert result.code == 2 and "start it with python, not torchrun" in result.error
 
 

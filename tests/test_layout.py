@@ -35,7 +35,7 @@ PARTS |= {
     "standardization",
     "survey",
 }
-PARTS |= {"conclusion", "showing", "tuned_backbone", "tuned_training"}
+PARTS |= {"conclusion", "merging", "publishing", "showing", "tuned_backbone", "tuned_training"}
 LEAVES = {
     "backbone",
     "checks",
@@ -60,6 +60,7 @@ LEAVES = {
     "run_log",
     "runtime",
     "scratch",
+    "shards",
     "shelf",
     "thresholds",
     "typical",

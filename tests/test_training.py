@@ -369,6 +369,12 @@ def answer(script, outputs, made):
     return torch.cat(network.eval()(torch.stack([z[row] for row in range(4)]), torch.linspace(0, 1, 4))).detach()
 
 
+def weights_in(folder):
+    """Of checkpoint_last.pt, those that a loss can feel: a softmax takes the bias of keys away again."""
+    weights = torch.load(folder / "checkpoint_last.pt", weights_only=True)["weights"]
+    return {name: weight for name, weight in weights.items() if not name.endswith("to_k.bias")}
+
+
 @pytest.mark.parametrize("script", PLACES)
 def test_two_processes_train_what_one_does_at_twice_the_batch(script, call, made, tmp_path):
     """Also where the identity loss sees three latents, two here and one there."""
@@ -379,6 +385,8 @@ def test_two_processes_train_what_one_does_at_twice_the_batch(script, call, made
     assert call(script, *SHARED[script], *batch(6), outputs=tmp_path / "one").code == 0
     two, one = (answer(script, tmp_path / name, made) for name in ("two", "one"))
     torch.testing.assert_close(two, one, rtol=0, atol=ROUNDING[script])
+    two, one = (weights_in(tmp_path / name / PLACES[script]) for name in ("two", "one"))
+    torch.testing.assert_close(two, one, rtol=0, atol=1e-5)  # of weights that moved by 2e-4 and more
     again = call(script, *SHARED[script], *batch(3), outputs=tmp_path / "two")
     assert again.code == 2 and "number of processes was 2, now 1" in again.error
 
