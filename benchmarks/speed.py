@@ -40,7 +40,7 @@ from speed_parts import ONCE, PARTS, Here
 from stopwatch import ceilings
 
 from checks import UsageError
-from command_line import field_of, parse_command
+from command_line import field_of
 from files import write_atomically, write_json
 from interruption import remember
 from runtime import run_script
@@ -104,11 +104,8 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[s
 def run_part(part: str, size: int, here: Here) -> None:
     """One part: measured and kept, or taken as it is where it was kept before."""
     options = here.options
-    preset = parse_command(__doc__, here.flags).words
-    named = [Path(word).name if "/" in word else word for word in preset]
-    label = named[named.index("--preset") + 1] if "--preset" in named else "default"
-    path = options.results / f"{part}-{size}-{here.device.type}-{label}.json"
-    asked = {"flags": named}
+    label, asked = label_of(here.flags), {"flags": [Path(word).name if "/" in word else word for word in here.flags]}
+    path = options.results / f"{part}-{size}-{here.device.type}-{label.replace(', ', '-')}.json"
     if path.is_file() and not options.anew:
         if speed_table.read_part(path)["asked"] != asked:
             raise UsageError(f"{path.name} is of other flags: add --anew, or choose another --results")
@@ -129,6 +126,13 @@ def run_part(part: str, size: int, here: Here) -> None:
     if part.startswith("profile"):
         text = f"{part} at {size}, {said['hardware']}, {label} preset, commit {said['commit']}\n\n{rows[0]['text']}\n"
         write_atomically(path.with_suffix(".txt"), lambda beside: beside.write_text(text))
+
+
+def label_of(flags: list[str]) -> str:
+    """The preset, and whether more of it was changed than the autoencoder's source."""
+    preset = flags[flags.index("--preset") + 1] if "--preset" in flags else "default"
+    changed = [word for word in flags if word.startswith("--") and word not in ("--preset", "--vae.pretrained")]
+    return f"{preset}, changed" if changed else preset
 
 
 def hardware(device: torch.device) -> str:

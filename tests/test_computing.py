@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 import computing
 from checks import UsageError
 from computing import adamw, compiled, continue_optimizer, fast_products, laid_out, leaves_out
-from config import RuntimeConfig
+from config import RuntimeConfig, UNetConfig, VAEConfig
+from flowdiff_model import FlowDiffUNet
 from guard import StepGuard
+from model import pretrained_vae
 from run_log import Meter
 from runtime import EMA
 
@@ -150,3 +153,22 @@ def test_where_nothing_can_be_compiled_the_remedy_is_one_line():
         with pytest.raises(UsageError, match="install it, or leave --runtime.compile False") as refused:
             compiled(nn.Linear(3, 2), RuntimeConfig(compile=True), CPU)
     assert "\n" not in str(refused.value)
+
+
+UNET = UNetConfig(channels=(8, 16), attention=(False, True), norm_groups=4, attention_head_dim=8, layers_per_block=1)
+VAE = VAEConfig(pretrained="scratch", freeze_encoder=False, scratch_channels=(8, 8, 8, 8))
+NETWORKS = {
+    "UNet": (lambda: FlowDiffUNet(UNET, 4), (torch.randn(2, 4, 8, 8), torch.rand(2))),
+    "VAE": (lambda: pretrained_vae(VAE), (torch.randn(1, 1, 32, 32),)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_networks_can_be_traced_and_then_prepared_as_the_scripts_do(name, monkeypatch):
+    real, (make, given) = nn.Module.compile, NETWORKS[name]
+    monkeypatch.setattr(nn.Module, "compile", lambda network: real(network, backend="eager"))  # seconds, not minutes
+    network = make()
+    names, expected = list(network.state_dict()), network(*given)
+    model = Accelerator(cpu=True).prepare(compiled(network, RuntimeConfig(compile=True), CPU))
+    torch.testing.assert_close(model(*given), expected)
+    assert list(network.state_dict()) == names and model is network

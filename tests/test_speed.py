@@ -181,7 +181,7 @@ def test_the_plain_loop_trains_the_same_network(here):
 
 
 def kept(tmp_path, part):
-    return json.loads((tmp_path / "results" / f"{part}-32-cpu-demo.json").read_text())
+    return json.loads((tmp_path / "results" / f"{part}-32-cpu-demo-changed.json").read_text())
 
 
 def test_a_part_says_what_it_found_and_where_and_is_not_measured_again(run, tmp_path, monkeypatch):
@@ -191,7 +191,8 @@ def test_a_part_says_what_it_found_and_where_and_is_not_measured_again(run, tmp_
     assert row["batch"] == 2 and row["images_per_s"] == pytest.approx(2e3 / row["step_ms"])
     assert 0 < row["share"] < 1 and row["share"] == pytest.approx(row["tflops"] / part["ceiling"]["float32"])
     assert {"torch", "python"} <= set(part["versions"]) and part["hardware"] and part["commit"]
-    assert "| phase3 | demo | 32 | cpu | 2 |" in shown and not (tmp_path / "synthetic/synthetic_latents").exists()
+    assert "| phase3 | demo, changed | 32 | cpu | 2 |" in shown
+    assert not (tmp_path / "synthetic/synthetic_latents").exists()
     monkeypatch.setitem(speed.PARTS, "phase3", lambda *given: pytest.fail("measured again"))
     assert "there already" in run("--parts", "phase3")
     with pytest.raises(UsageError, match="is of other flags: add --anew"):
@@ -220,13 +221,13 @@ def test_the_largest_batch_and_the_fastest_are_told(run, tmp_path, monkeypatch):
 
 def test_a_profile_is_text_of_ten_operations(run, tmp_path):
     run("--parts", "profile-phase3")
-    text = (tmp_path / "results/profile-phase3-32-cpu-demo.txt").read_text()
+    text = (tmp_path / "results/profile-phase3-32-cpu-demo-changed.txt").read_text()
     rules = [number for number, line in enumerate(text.splitlines()) if line.startswith("---")]
     assert "convolution" in text and rules[2] - rules[1] == 1 + 10 and str(ROOT) not in text
 
 
 def test_phase_3_is_timed_against_the_number_of_latents(run, tmp_path):
-    assert "| scaling | demo | 32 | cpu | 5 |" in run("--parts", "scaling")
+    assert "| scaling | demo, changed | 32 | cpu | 5 |" in run("--parts", "scaling")
     assert [row["latents"] for row in kept(tmp_path, "scaling")["rows"]] == [3, 5]
 
 
@@ -237,6 +238,18 @@ def test_a_walk_of_pixels_is_one_step_times_250(run, tmp_path, monkeypatch):
     first, *_, walk = kept(tmp_path, "examinations")["rows"]
     assert walk["images_per_s"] == pytest.approx(1e3 / walk["step_ms"])
     assert walk["times"] == pytest.approx(walk["images_per_s"] / first["images_per_s"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "label"),
+    [
+        ([], "default"),
+        (["--preset", "cpu", "--vae.pretrained", "taesd"], "cpu"),
+        (["--preset", "cpu", "--runtime.compile", "True"], "cpu, changed"),
+    ],
+)
+def test_a_part_is_called_by_its_preset_and_says_if_that_was_changed(flags, label):
+    assert speed.label_of(flags) == label
 
 
 @pytest.mark.parametrize(
