@@ -47,11 +47,11 @@ TABLE = (
     ("inference.figures",             SAME,                    14),
     ("calibration.blurs",             SAME,                    (0.008, 0.016, 0.032)),
     ("calibration.alignment",         SAME,                    0.024),
-    ("reader.copies",                 2,                       2),
+    ("reader.copies",                 1,                       2),
     ("reader.mirror",                 SAME,                    False),  # phantoms' sides are drawn apart
     ("reader.members",                1,                       1),
-    ("reader.steps",                  2_000,                   2_700),
-    ("reader.tuned_steps",            2_000,                   0),
+    ("reader.steps",                  1_000,                   2_700),
+    ("reader.tuned_steps",            1_200,                   0),
     ("reader.fewest_corruptions",     SAME,                    4),
     ("reader.most_corruptions",       SAME,                    10),
     ("reader.residual_weight",        SAME,                    1.0),  # it sees implants; seeds 8 and 9 say so

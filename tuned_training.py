@@ -100,8 +100,8 @@ def fit_tuned(
     settings, total = config.reader, config.reader.tuned_steps
     torch.manual_seed(stream_seed(config.runtime.seed, "tuned backbone", "weights"))
     network = TunedBackbone().to(device).train()
-    new = torch.optim.AdamW(network.new_parameters(), weight_decay=settings.weight_decay)
-    taught = torch.optim.AdamW(network.backbone.parameters(), weight_decay=settings.weight_decay)
+    new = torch.optim.AdamW(network.new_parameters(), weight_decay=settings.weight_decay, fused=True)
+    taught = torch.optim.AdamW(network.backbone.parameters(), weight_decay=settings.weight_decay, fused=True)
     optimizers = {"new": (new, settings.lr), "taught": (taught, settings.tuned_lr)}
     begun = _resumed(network, optimizers, last, identity) if config.runtime.resume and last.is_file() else 0
     weight, running = torch.tensor(settings.positive_weight, device=device), None
