@@ -288,28 +288,30 @@ def test_the_rows_are_an_npy_that_can_be_mapped(records, tmp_path):
 
 
 READ = """
-import sys
+import itertools, sys, time
+import dataset
 from dataset import open_datasets
 from pathlib import Path
 from config import DataConfig
 from radiographs.manifest import list_records
-root, cache, size = sys.argv[1:]
+root, cache, size, most = sys.argv[1:]
+read, turns = dataset.read_radiograph, itertools.count()
+dataset.read_radiograph = lambda path: read(path) if next(turns) < int(most) else time.sleep(3600)
 config = DataConfig(height=int(size), width=int(size), num_workers=4, cache_folder=cache)
-print("begun", flush=True)
 open_datasets({"train": list_records(root)}, config, 0, Path(cache) / "skipped.csv")
 """
 
 
-def reading(root, cache, size=256):
-    command = [sys.executable, "-c", READ, str(root), str(cache), str(size)]
+def reading(root, cache, size, most=10**6):
+    """A process that reads all radiographs of a folder, or hangs after so many."""
+    command = [sys.executable, "-c", READ, str(root), str(cache), str(size), str(most)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_filling_that_was_killed_goes_on_and_nothing_of_it_is_wrong(tmp_path, decodes):
     records, cache = list_records(write_images(tmp_path / "data", 60, (400, 500))), tmp_path / "cache"
     config = DataConfig(height=256, width=256, num_workers=2, cache_folder=str(cache))
-    process = reading(tmp_path / "data", cache)
-    deadline = time.monotonic() + 60
+    process, deadline = reading(tmp_path / "data", cache, 256, most=40), time.monotonic() + 600
     while not any(path.stat().st_size > 5 * 28 for path in cache.glob("*/index.bin")) and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
@@ -322,7 +324,7 @@ def test_a_filling_that_was_killed_goes_on_and_nothing_of_it_is_wrong(tmp_path, 
 def test_two_processes_share_a_cache(tmp_path, decodes):
     records, cache = list_records(write_images(tmp_path / "data", 40)), tmp_path / "cache"
     both = [reading(tmp_path / "data", cache, size=64) for _ in range(2)]
-    assert [process.communicate(timeout=120)[0].count("40 radiographs read") for process in both] == [1, 1]
+    assert [process.communicate(timeout=600)[0].count("40 radiographs read") for process in both] == [1, 1]
     config = DataConfig(height=64, width=64, num_workers=2, cache_folder=str(cache))
     found = [sample for batch in read_batches(records, config, 8, []) for _, sample in batch]
     assert not decodes and decoded.cache_of(config).hits == 40
