@@ -123,6 +123,7 @@ def write_weights(folder: Path, model: Normalizer, calibration: Calibration, con
     if reader is not None:
         learnt = reader.content()
         tensors = {f"weights.{name}": weight for name, weight in learnt["weights"].items()}
+        tensors |= {f"tuned.{name}": weight for name, weight in learnt["tuned"].items()}
         for number, part in enumerate(learnt["statistics"]):
             tensors |= {f"statistics.{number}.{name}": value for name, value in part.items()}
         _write_tensors(folder / READER, tensors)
@@ -263,14 +264,17 @@ def _networks(folder: Path, content: dict, device: torch.device) -> Normalizer:
 
 def _reader(folder: Path, content: dict, device: torch.device) -> Reader:
     tensors = _tensors(folder / READER)
-    weights = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith("weights.")}
+    named = {
+        kind: {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{kind}.")}
+        for kind in ("weights", "tuned")
+    }
     statistics: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("statistics."):
             _, number, part = name.split(".")
             statistics.setdefault(int(number), {})[part] = value
     ordered = [statistics[number] for number in sorted(statistics)]
-    return Reader.rebuild({**content, "weights": weights, "statistics": ordered}, device)
+    return Reader.rebuild({**content, **named, "statistics": ordered}, device)
 
 
 def _config(content: dict) -> Config:

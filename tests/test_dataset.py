@@ -218,8 +218,18 @@ def test_every_thread_has_a_file_to_read_ahead_however_small_a_batch(reads, tmp_
 
 
 def readers():
-    """Threads that read files; a progress bar has one of its own."""
-    return [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    """Threads that read files; a progress bar has one of its own, and so has what compiles networks."""
+    found = [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+    return [thread for thread in found if thread not in BEFORE]
+
+
+BEFORE: list[threading.Thread] = []
+
+
+@pytest.fixture(autouse=True)
+def threads_of_others():
+    BEFORE[:] = []
+    BEFORE[:] = readers()
 
 
 def test_an_unexpected_error_ends_the_batches_at_once_and_leaves_no_thread(reads, tmp_path):
