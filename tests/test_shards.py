@@ -300,7 +300,7 @@ def submit(folder, words, **variables):
 
 def test_a_job_of_slurm_that_is_preempted_is_written_and_goes_on_as_shards(call, made, tmp_path):
     """torchrun and jobs of their own leave the same shards: what one began the others can end."""
-    slow = ["--inference.method", "plain", "--inference.solver", "euler", "--inference.steps", 40, *QUIET]
+    slow = ["--inference.method", "plain", "--inference.solver", "euler", "--inference.steps", 16, *QUIET]
     slow += ["--inference.batch-size", 1, "--inference.calibration", tmp_path / "calibration"]
     assert call("inference", *slow, outputs=tmp_path / "whole").code == 0
     out, whole = tmp_path / "phase4_inference", tmp_path / "whole/phase4_inference"
