@@ -117,7 +117,7 @@ def ready_calibration(model: Normalizer, config: Config) -> Calibration:
     reader, path = None, folder / READER
     if method == "reader" and path.is_file():
         stored = stored_reader(path)
-        reader = Reader.rebuild(stored, model.device) if is_reader_of(stored, model, config) else None
+        reader = rebuilt(stored, model, config) if is_reader_of(stored, model, config) else None
     known = Calibration.load(folder, method, reader) if method != "reader" or reader else None
     if known is None or known.belongs_to != shaping(model, config, reader):
         raise UsageError(
@@ -130,8 +130,8 @@ def ready_calibration(model: Normalizer, config: Config) -> Calibration:
 def refuse_to_lose_the_backbone(stored: dict, config: Config, folder: Path) -> None:
     """UsageError if a reader made with a backbone would give way to one without, because none is installed here."""
     had, have = stored["belongs_to"].get("backbone", "none"), with_backbone(config.reader).backbone
-    wanted = "backbone" in config.reader.features and config.reader.backbone == "auto"
-    if wanted and have == "none" and had != "none":
+    wanted = "backbone" in config.reader.features or config.reader.tuned_steps > 0
+    if wanted and config.reader.backbone == "auto" and have == "none" and had != "none":
         raise UsageError(
             f"the reader in {folder} was made with {had}, which is not installed here: {REMEDY} and another "
             "--inference.calibration"
@@ -152,13 +152,18 @@ def kept_reader(model: Normalizer, config: Config) -> Reader | None:
     stored = stored_reader(path)
     if is_reader_of(stored, model, config):
         print(f"reader read from {path}")
-        stored["settings"]["tuned_share"] = config.reader.tuned_share  # it shapes no weight
-        return Reader.rebuild(stored, model.device)
+        return rebuilt(stored, model, config)
     refuse_to_lose_the_backbone(stored, config, folder)
     earlier = stored["belongs_to"].get("recipe") != RECIPE
     why = "was made by another version of this code" if earlier else "belongs to other checkpoints or settings"
     print(f"the reader in {folder} {why}: trained anew")
     return None
+
+
+def rebuilt(stored: dict, model: Normalizer, config: Config) -> Reader:
+    """A stored reader, that hears its tuned backbone as config says: the share shapes no weight."""
+    stored["settings"]["tuned_share"] = config.reader.tuned_share
+    return Reader.rebuild(stored, model.device)
 
 
 def is_reader_of(stored: dict, model: Normalizer, config: Config) -> bool:

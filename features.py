@@ -63,10 +63,12 @@ FEATURES: dict[str, Feature] = {
 
 
 def with_backbone(settings: ReaderConfig) -> ReaderConfig:
-    """The settings with reader.backbone resolved, a name or none; without one, nothing is tuned."""
+    """The settings with reader.backbone resolved, a name or none; without one nothing is tuned, at no rate."""
     wanted = "backbone" in settings.features or settings.tuned_steps > 0
     name = backbone_name(settings.backbone) if wanted else "none"
-    return replace(settings, backbone=name, tuned_steps=settings.tuned_steps if name != "none" else 0)
+    tuned = settings.tuned_steps if name != "none" else 0
+    rate = settings.tuned_lr if tuned else ReaderConfig().tuned_lr
+    return replace(settings, backbone=name, tuned_steps=tuned, tuned_lr=rate)
 
 
 class FeatureExtractor:

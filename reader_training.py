@@ -80,9 +80,9 @@ def train_reader(
     )
     save_sheet(images, config, folder / SHEET)
     run = identity | {"precision": training_precision(config.runtime, model.device.type == "cpu")}
-    tuned = fit_tuned(images, config, run, folder / TUNED_LAST, model.device) if settings.tuned_steps else None
     made_with = {name: value for name, value in run.items() if name not in LEARNING}
-    pool = make_pool(model, extractor, images, config, made_with, folder / POOL)
+    pool = make_pool(model, extractor, images, config, made_with, folder / POOL)  # first: it may refuse
+    tuned = fit_tuned(images, config, run, folder / TUNED_LAST, model.device) if settings.tuned_steps else None
     statistics = pool.statistics(config)
     network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
     if not all(bool(weight.isfinite().all()) for weight in network.parameters()):

@@ -5,6 +5,7 @@ hundred radiographs by heart. What a step sees follows from its number alone: a 
 it had not been.
 """
 
+import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,11 +106,12 @@ def fit_tuned(
     optimizers = {"new": (new, settings.lr), "taught": (taught, settings.tuned_lr)}
     begun = _resumed(network, optimizers, last, identity) if config.runtime.resume and last.is_file() else 0
     weight, running = torch.tensor(settings.positive_weight, device=device), None
+    forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images
     loader = DataLoader(
         Lessons(images, config),
         batch_size=None,
         sampler=range(begun, total),
-        num_workers=config.data.num_workers,
+        num_workers=config.data.num_workers if forks else 0,
         worker_init_fn=interruption.ignore_signals,
     )
     with bar(total=total, initial=begun, desc="reader: tuning the backbone", unit="step") as progress:

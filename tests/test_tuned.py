@@ -11,10 +11,12 @@ from test_reader import config_for, normals, seen_by
 
 import interruption
 from backbone import PACKAGES
+from calibration import calibrate
 from checks import UsageError
 from config import DataConfig, RuntimeConfig
 from config_reading import ReaderConfig
 from depthwise import Depthwise
+from examination import kept_reader, ready_calibration
 from features import with_backbone
 from interruption import Interrupted
 from reader import WHOLE, Reader, positions
@@ -149,8 +151,21 @@ def test_the_reader_hears_both_in_their_shares_and_is_saved_with_both(tmp_path):
     assert not (tmp_path / TUNED_LAST).exists()
 
 
+def test_whoever_reads_a_kept_reader_hears_its_tuned_backbone_as_is_asked_now(tmp_path):
+    config = tuned_config(steps=1, tuned_steps=1)
+    config = dataclasses.replace(config, inference=dataclasses.replace(config.inference, calibration=str(tmp_path)))
+    model = tiny_normalizer(config.inference)
+    train_reader(model, normals(), "p", config, tmp_path)
+    other = dataclasses.replace(config, reader=dataclasses.replace(config.reader, tuned_share=0.9))
+    calibrate(model, np.stack(normals()), other, kept_reader(model, other)).save(tmp_path)
+    assert ready_calibration(model, other).reader.settings.tuned_share == 0.9
+    with pytest.raises(UsageError, match="no calibration of these"):
+        ready_calibration(model, config)
+
+
 def test_without_a_backbone_nothing_is_tuned():
     assert with_backbone(ReaderConfig(backbone="none")).tuned_steps == 0
+    assert with_backbone(ReaderConfig(backbone="none", tuned_lr=0.1)) == with_backbone(ReaderConfig(backbone="none"))
     alone = with_backbone(ReaderConfig(features=("image",), backbone="efficientnet-lite0"))
     assert alone.tuned_steps > 0 and alone.backbone == "efficientnet-lite0"
     assert with_backbone(ReaderConfig(features=("image",), tuned_steps=0)).backbone == "none"
