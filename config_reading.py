@@ -76,7 +76,10 @@ class ReaderConfig:
     # 0 does without, and so does whoever has no backbone
     tuned_steps: int = 8_000
     tuned_lr: float = 2e-4  # of what ImageNet taught; what is new learns at lr
-    tuned_share: float = 0.5  # how much of the reader's verdict is its; a rehearsal found .5 to .75 alike
+    tuned_turn: float = 6.0  # degrees up to which a normal is turned before it is corrupted
+    tuned_stretch: float = 0.15  # share up to which each axis is stretched; at 0 large shapes are learnt by heart
+    tuned_unchanged: float = 0.15  # share of normals that are not corrupted
+    tuned_share: float = 0.5  # how much of the reader's verdict is its
     positive_weight: float = 3.0  # weight of changed places in the loss
     largest_deviation: float = 8.0  # standard deviations; beyond, more of the same says nothing new
     smallest_spread: float = 0.3  # of a feature's mean spread; a place's own spread below it (in air) is not believed
@@ -112,7 +115,9 @@ class ReaderConfig:
         require_ranges("reader", self, ("members",), 1, 100)
         require_positive("reader", self, ("lr", "tuned_lr", "positive_weight"))
         require_ranges("reader", self, ("lr_warmup_steps", "weight_decay", "tuned_steps"), 0)
-        require_ranges("reader", self, ("tuned_share",), 0, 1)
+        require_ranges("reader", self, ("tuned_share", "tuned_unchanged"), 0, 1)
+        require_ranges("reader", self, ("tuned_turn",), 0, 180)
+        require_ranges("reader", self, ("tuned_stretch",), 0, 0.9)
         require_ranges("reader", self, ("plain_weight", "residual_weight"), 0, 1e6)
         require_ranges("reader", self, ("dropout",), 0, 0.9)
         require_ranges("reader", self, ("alignment", "smallest_spread", "smallest_verdict_spread"), 0, 1)

@@ -63,12 +63,14 @@ FEATURES: dict[str, Feature] = {
 
 
 def with_backbone(settings: ReaderConfig) -> ReaderConfig:
-    """The settings with reader.backbone resolved, a name or none; without one nothing is tuned, at no rate."""
+    """The settings with reader.backbone resolved, a name or none; without one nothing is tuned, however it is set."""
     wanted = "backbone" in settings.features or settings.tuned_steps > 0
     name = backbone_name(settings.backbone) if wanted else "none"
-    tuned = settings.tuned_steps if name != "none" else 0
-    rate = settings.tuned_lr if tuned else ReaderConfig().tuned_lr
-    return replace(settings, backbone=name, tuned_steps=tuned, tuned_lr=rate)
+    settings = replace(settings, backbone=name)
+    if name != "none" and settings.tuned_steps:
+        return settings
+    usual = ReaderConfig(tuned_steps=0)
+    return replace(settings, **{name: getattr(usual, name) for name in vars(usual) if name.startswith("tuned_")})
 
 
 class FeatureExtractor:

@@ -176,10 +176,10 @@ class Reader:
         size, device = tuple(seen.detail.shape[-2:]), seen.detail.device
         logits = self.network(inputs, opposite, positions(self.extractor.grid(seen), [WHOLE], device))
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        if self.tuned is None:
+        share = self.settings.tuned_share
+        if self.tuned is None or share == 0:
             return logits
         places = positions(size, [WHOLE], device).expand(len(seen.detail), -1, -1, -1)
-        share = self.settings.tuned_share
         return (1 - share) * logits + share * self.tuned(seen.detail, places)
 
     @property

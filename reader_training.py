@@ -22,8 +22,9 @@ from config_reading import ReaderConfig
 from corruption import check_fills, corrupt
 from dataset import exposed_anew
 from features import FeatureExtractor, with_backbone
-from files import load_checkpoint, save_checkpoint, write_json
+from files import write_json
 from interruption import Steps, remember
+from last_step import LastStep
 from normalizer import Normalizer
 from progress import bar
 from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, mirrored, positions
@@ -40,7 +41,8 @@ READ_ANEW = (
 # what networks learn with, and no feature in the pool depends on
 LEARNING = (
     *("members", "width", "distances", "mirror", "steps", "crops", "lr", "lr_warmup_steps", "weight_decay", "dropout"),
-    *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "precision", "tuned_steps", "tuned_lr"),
+    *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "precision"),
+    *("tuned_steps", "tuned_lr", "tuned_turn", "tuned_stretch", "tuned_unchanged"),
 )
 RECIPE = 8  # raise it when code or a default changes what a reader learns from, or how it reads
 # in the calibration's folder
@@ -85,11 +87,6 @@ def train_reader(
     tuned = fit_tuned(images, config, run, folder / TUNED_LAST, model.device) if settings.tuned_steps else None
     statistics = pool.statistics(config)
     network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
-    if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
-        (folder / LAST).unlink(missing_ok=True)  # the same command shall not go on from it
-        raise UsageError(
-            f"the reader diverged: lower reader.lr, which is {settings.lr:g}, or raise reader.lr_warmup_steps"
-        )
     on_device = [part.to(model.device) for part in statistics]
     reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, identity, tuned)
     reader.save(folder / READER)
@@ -252,7 +249,8 @@ def fit_network(
     channels = [part.centre.shape[1] for part in statistics]
     network = ReaderEnsemble.untrained(channels, settings).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    begun = _resumed(network, optimizer, last, identity) if config.runtime.resume and last.is_file() else 0
+    kept = LastStep(last, "reader training", identity, network, optimizer)
+    begun = kept.take_up(config.runtime.resume)
     known = [part.to(device) for part in statistics]
     grid = tuple(pool.changed.shape[1:])
     coarsest = min((part.shape[2:] for part in pool.features), key=lambda size: size[0])
@@ -286,24 +284,11 @@ def fit_network(
                 progress.set_postfix(loss=f"{running:.4f}", refresh=False)
             progress.update()
             if (step + 1) % settings.checkpoint_every == 0 or steps.asked:
-                state = {"weights": network.state_dict(), "optimizer": optimizer.state_dict()}
-                save_checkpoint(last, "reader training", {"identity": identity, "step": step + 1, **state})
+                kept.write(step + 1)
                 remember(f"the same command goes on with the reader, step {step + 1} of {settings.steps}")
+    lower = f"lower reader.lr, which is {settings.lr:g}, or raise reader.lr_warmup_steps"
+    kept.refuse_diverged(f"the reader diverged: {lower}")
     return network
-
-
-def _resumed(network: ReaderEnsemble, optimizer: torch.optim.Optimizer, last: Path, identity: dict) -> int:
-    """The step after which an interrupted training of this identity goes on, and its state; 0 for one of another."""
-    remedy = "python inference.py --runtime.resume False"
-    stored = load_checkpoint(last, "reader training", remedy)
-    try:
-        if stored["identity"] != identity:
-            return 0
-        network.load_state_dict(stored["weights"])
-        optimizer.load_state_dict(stored["optimizer"])
-        return stored["step"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{last} is damaged: run {remedy}") from error
 
 
 def deviations(

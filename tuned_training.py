@@ -17,20 +17,17 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import interruption
-from checks import UsageError
 from config import Config
 from corruption import corrupt
 from dataset import exposed_anew
-from files import load_checkpoint, save_checkpoint
 from interruption import Steps, remember
+from last_step import LastStep
 from progress import bar
 from reader import WHOLE, Crop, cropped, positions
-from runtime import autocast, learning_rate, set_learning_rate, stream_seed
+from runtime import autocast, learning_rate, stream_seed
 from tuned_backbone import COARSEST, TunedBackbone
 
 CROPS = 2  # of each corrupted image: to corrupt it takes longer than to cut it
-TURN, ZOOM = 6.0, 0.15  # degrees, and a share of height and of width, up to which a normal is moved before
-UNCHANGED = 0.15  # share of images that are left as they are
 
 
 class Lessons(Dataset):
@@ -38,6 +35,7 @@ class Lessons(Dataset):
 
     def __init__(self, images: Sequence[np.ndarray], config: Config):
         self.images, self.config = images, config
+        self.places = positions(images[0].shape, [WHOLE], "cpu")[0]
 
     def __len__(self) -> int:
         return self.config.reader.tuned_steps
@@ -45,31 +43,31 @@ class Lessons(Dataset):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Crops (B, 1, H, W), positions (B, 2, H, W), changed (B, 1, H, W) in [0, 1]."""
         random = np.random.default_rng(stream_seed(self.config.runtime.seed, "tuned backbone", step))
-        places = positions(self.images[0].shape, [WHOLE], "cpu")[0]
         crops = []
         while len(crops) < self.config.reader.crops:
             image, changed = self._lesson(random)
-            whole = torch.cat([torch.from_numpy(np.stack([image, changed.astype(np.float32)])), places])
+            whole = torch.cat([torch.from_numpy(np.stack([image, changed.astype(np.float32)])), self.places])
             crops += [turned(cropped(whole, _half(image.shape, random)), random) for _ in range(CROPS)]
         batch = torch.stack(crops[: self.config.reader.crops])
         return batch[:, :1], batch[:, 2:], batch[:, 1:2]
 
     def _lesson(self, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         image, donor = (self.images[random.integers(len(self.images))] for _ in range(2))
-        image = moved(np.asarray(image), random)
+        settings = self.config.reader
+        image = moved(np.asarray(image), settings.tuned_turn, settings.tuned_stretch, random)
         if random.random() < 0.5:
             image = exposed_anew(image, self.config.data, random).astype(np.float32)
-        if random.random() < UNCHANGED:
+        if random.random() < settings.tuned_unchanged:
             return image, np.zeros(image.shape, bool)
-        return corrupt(image, donor, random, self.config.reader)
+        return corrupt(image, donor, random, settings)
 
 
-def moved(image: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Turned, and each axis stretched or squeezed, about the middle: else large shapes are known by heart."""
+def moved(image: np.ndarray, turn: float, stretch: float, random: np.random.Generator) -> np.ndarray:
+    """Turned by up to `turn` degrees, and each axis stretched or squeezed by up to a share, about the middle."""
     height, width = image.shape
-    turn = np.deg2rad(random.uniform(-TURN, TURN))
-    across, down = 1 + random.uniform(-ZOOM, ZOOM, 2)
-    linear = np.array([[across * np.cos(turn), -down * np.sin(turn)], [across * np.sin(turn), down * np.cos(turn)]])
+    angle = np.deg2rad(random.uniform(-turn, turn))
+    across, down = 1 + random.uniform(-stretch, stretch, 2)
+    linear = np.array([[across * np.cos(angle), -down * np.sin(angle)], [across * np.sin(angle), down * np.cos(angle)]])
     middle = np.array([(width - 1) / 2, (height - 1) / 2])
     matrix = np.column_stack([linear, middle - linear @ middle])
     return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
@@ -101,10 +99,13 @@ def fit_tuned(
     settings, total = config.reader, config.reader.tuned_steps
     torch.manual_seed(stream_seed(config.runtime.seed, "tuned backbone", "weights"))
     network = TunedBackbone().to(device).train()
-    new = torch.optim.AdamW(network.new_parameters(), weight_decay=settings.weight_decay, fused=True)
-    taught = torch.optim.AdamW(network.backbone.parameters(), weight_decay=settings.weight_decay, fused=True)
-    optimizers = {"new": (new, settings.lr), "taught": (taught, settings.tuned_lr)}
-    begun = _resumed(network, optimizers, last, identity) if config.runtime.resume and last.is_file() else 0
+    groups = [
+        {"params": network.new_parameters(), "highest": settings.lr},
+        {"params": network.backbone.parameters(), "highest": settings.tuned_lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
+    kept = LastStep(last, "tuned backbone", identity, network, optimizer)
+    begun = kept.take_up(config.runtime.resume)
     weight, running = torch.tensor(settings.positive_weight, device=device), None
     forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images
     loader = DataLoader(
@@ -117,43 +118,23 @@ def fit_tuned(
     with bar(total=total, initial=begun, desc="reader: tuning the backbone", unit="step") as progress:
         steps = Steps()
         for step, (crops, places, changed) in enumerate(steps.of(loader), begun):
-            for optimizer, lr in optimizers.values():
-                set_learning_rate(optimizer, learning_rate(step, lr, settings.lr_warmup_steps, total))
-                optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, group["highest"], settings.lr_warmup_steps, total)
+            optimizer.zero_grad()
             with autocast(config.runtime, device):
                 logits = network.at_stride_two(crops.to(device), places.to(device)).float()
             target = F.avg_pool2d(changed.to(device), 2)
             loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=weight)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-            for optimizer, _ in optimizers.values():
-                optimizer.step()
+            optimizer.step()
             if step % 50 == 0:
                 now = float(loss.detach())
                 running = now if running is None else 0.8 * running + 0.2 * now
                 progress.set_postfix(loss=f"{running:.4f}", refresh=False)
             progress.update()
             if (step + 1) % settings.checkpoint_every == 0 or step + 1 == total or steps.asked:
-                state = {name: optimizer.state_dict() for name, (optimizer, _) in optimizers.items()}
-                stored = {"identity": identity, "step": step + 1, "weights": network.state_dict(), **state}
-                save_checkpoint(last, "tuned backbone", stored)
+                kept.write(step + 1)
                 remember(f"the same command goes on with the tuned backbone, step {step + 1} of {total}")
-    if not all(bool(weight.isfinite().all()) for weight in network.parameters()):
-        last.unlink(missing_ok=True)  # the same command shall not go on from it
-        raise UsageError(f"the tuned backbone diverged: lower reader.tuned_lr, which is {settings.tuned_lr:g}")
+    kept.refuse_diverged(f"the tuned backbone diverged: lower reader.tuned_lr, which is {settings.tuned_lr:g}")
     return network.requires_grad_(False).eval()
-
-
-def _resumed(network: TunedBackbone, optimizers: dict, last: Path, identity: dict) -> int:
-    """The step after which an interrupted training of this identity goes on, and its state; 0 for one of another."""
-    remedy = "python inference.py --runtime.resume False"
-    stored = load_checkpoint(last, "tuned backbone", remedy)
-    try:
-        if stored["identity"] != identity:
-            return 0
-        network.load_state_dict(stored["weights"])
-        for name, (optimizer, _) in optimizers.items():
-            optimizer.load_state_dict(stored[name])
-        return stored["step"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{last} is damaged: run {remedy}") from error

@@ -52,6 +52,7 @@ LEAVES = {
     "holding",
     "image_ops",
     "interruption",
+    "last_step",
     "ledger",
     "metrics",
     "presets",

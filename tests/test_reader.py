@@ -398,7 +398,7 @@ def test_another_way_to_learn_takes_the_features_that_are_there_and_other_featur
         "largest_deviation": 4.0,
     }
     learning |= {"smallest_spread": 0.5, "alignment": 0.1}
-    learning |= {"tuned_lr": 1e-4, "tuned_steps": 1}
+    learning |= {"tuned_lr": 1e-4, "tuned_steps": 1, "tuned_turn": 0.0, "tuned_stretch": 0.0, "tuned_unchanged": 0.5}
     assert set(learning) == set(LEARNING) - {"precision"}
     made, examine = [], type(model).examine
     monkeypatch.setattr(type(model), "examine", lambda self, *given: made.append(1) or examine(self, *given))

@@ -54,11 +54,11 @@ def test_what_a_step_sees_follows_from_its_number_and_no_two_see_the_same():
 def test_a_normal_is_moved_about_its_middle_and_no_further_than_is_said():
     image = np.zeros((101, 201), np.float32)
     image[50, 100] = 1.0
-    dot = [np.argwhere(moved(image, np.random.default_rng(seed)) > 0.3) for seed in range(20)]
+    dot = [np.argwhere(moved(image, 6.0, 0.15, np.random.default_rng(seed)) > 0.3) for seed in range(20)]
     assert all((abs(each - [50, 100]) <= 1).all() for each in dot)
     image = np.zeros((101, 201), np.float32)
     image[:, 95:106] = 1.0
-    widths = [(moved(image, np.random.default_rng(seed))[50] > 0.5).sum() for seed in range(40)]
+    widths = [(moved(image, 6.0, 0.15, np.random.default_rng(seed))[50] > 0.5).sum() for seed in range(40)]
     assert 9 <= min(widths) < 11 < max(widths) <= 13
 
 
