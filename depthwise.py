@@ -1,7 +1,7 @@
 """Leaf: depthwise convolutions whose backward pass is quick on a CPU; forward, and on a GPU, they are torch's own.
 
-torch's CPU kernels take ten times as long for it as for the forward pass, so that a step of the tuned backbone in
-bfloat16 takes twice as long with them. Here it is what it is by definition: the gradient of the input is a convolution
+torch's CPU kernels spend most of a step of the tuned backbone in it (`python benchmarks/speed.py --parts tuning` times
+both). Here it is what it is by definition: the gradient of the input is a convolution
 with the kernel turned round (Dumoulin and Visin 2016), that of the kernel a product of shifted inputs with what came
 back.
 """

