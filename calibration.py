@@ -193,6 +193,8 @@ def shaping(model: Normalizer, config: Config, reader: Reader | None = None) -> 
     """Everything that a map depends on beside the image: a calibration made under anything else does not fit."""
     walk = ("method", "noise_level", "solver", "steps", "draws", "alpha_l1", "beta_grad", "gamma_hf", "smooth_share")
     settings = {name: getattr(config.inference, name) for name in (*walk, "top_share", "pixel_fpr")}
+    if config.inference.precision != "float32":  # without a word: as calibrations of float32 were always called
+        settings["precision"] = config.inference.precision
     if config.inference.method == "statistical":
         settings |= asdict(config.calibration)
     if reader is not None:

@@ -253,6 +253,8 @@ class InferenceConfig:
     # a Dice of 2 a / (2 a + pixel_fpr): for a caries (a = 0.0007) 0.58 at 0.001, and 0.03 at 0.05
     pixel_fpr: float = 0.001
     examine_training_patients: bool = False  # True examines also who trained or validated: their scores flatter
+    # of networks that read: bf16 takes half the time on a CPU that multiplies it (auto), and maps differ by rounding
+    precision: Literal["float32", "bf16", "auto"] = "float32"
     batch_size: int = 8  # images at once
     figures: int = -1  # result_XXX.png for this many images, spread evenly over the kinds; -1 draws all, 0 none
     report: bool = True  # report.html, all results in one page, with its pictures in report/; about 0.2 MB an image
@@ -285,7 +287,7 @@ class RuntimeConfig:
 
     seed: int = 0  # fixes every random draw but the split: augmentation, weights, noise
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU where there is one
-    precision: Literal["auto", "no", "bf16"] = "auto"  # of training: bf16 where it is fast; inference is float32
+    precision: Literal["auto", "no", "bf16"] = "auto"  # of training: bf16 where it is fast
     # of phases 1 and 3: True compiles the networks first (minutes, and a C++ compiler), then steps take less time
     compile: bool = False
     resume: bool = True  # continue from checkpoint_last.pt; False removes the earlier run's files and starts anew

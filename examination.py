@@ -21,7 +21,7 @@ from normalizer import Normalizer
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from reader import Reader, stored_reader
 from reader_training import READER, RECIPE, reader_identity, train_reader
-from runtime import start
+from runtime import reading_precision, start
 from scratch import nameless_array
 from survey import magnification_of
 
@@ -37,8 +37,10 @@ def open_normalizer(command: CommandLine, several: bool = False) -> tuple[Normal
         raise UsageError("this script runs in one process: start it with python, not torchrun")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, on a GPU too
     checkpoints = settings.vae_checkpoint, settings.flow_checkpoint
+    settings = replace(settings, precision=reading_precision(settings, accelerator.device))
     model = Normalizer.load(*checkpoints, settings, runtime.seed, accelerator.device)
-    return model, command.adopt(model.artefact, settings.flow_checkpoint)
+    config = command.adopt(model.artefact, settings.flow_checkpoint)
+    return model, replace(config, inference=settings)  # auto is resolved: what is made says in what it was made
 
 
 def records_to_examine(model: Normalizer, config: Config) -> list[Record]:

@@ -54,7 +54,10 @@ def encoder(seen: Examined, settings: ReaderConfig, eye: nn.Module | None) -> li
 
 def backbone(seen: Examined, settings: ReaderConfig, eye: nn.Module | None) -> list[Tensor]:
     """What a network trained on ImageNet feels; nothing where there is none."""
-    return eye(seen.detail) if eye is not None else []
+    if eye is None:
+        return []
+    with seen.model.computing():
+        return [part.float() for part in eye(seen.detail)]
 
 
 FEATURES: dict[str, Feature] = {

@@ -34,7 +34,7 @@ from model import RadiographVAE, rebuild_vae
 from radiographs.geometry import fit_image
 from radiographs.membership import Membership
 from radiographs.reading import ImageReadError, read_radiograph, rescale
-from runtime import generator
+from runtime import generator, reading_precision
 
 if TYPE_CHECKING:
     from exported import Judged
@@ -101,7 +101,10 @@ class Examined:
 
 
 class Normalizer:
-    """G with the networks of phases 1 and 3, each rebuilt from its own checkpoint, in float32."""
+    """G with the networks of phases 1 and 3, each rebuilt from its own checkpoint.
+
+    Weights and what comes out are float32; between them the networks compute in settings.precision.
+    """
 
     def __init__(
         self,
@@ -163,6 +166,11 @@ class Normalizer:
         """Where the networks are, and where results lie."""
         return next(self.network.parameters()).device
 
+    def computing(self) -> torch.autocast:
+        """The precision of whoever reads a radiograph with this G, as a context."""
+        enabled = reading_precision(self.settings, self.device) == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
     def trained_on(self, patient: str | None, digest: str) -> bool:
         """Whether this patient, or this very picture, trained one of the two networks."""
         return any(members.trained(patient, digest) for members in self.members)
@@ -211,25 +219,32 @@ class Normalizer:
 
     def encode(self, x: Tensor) -> Tensor:
         """The standardized latent of x, (B, C, h, w)."""
-        return self.standard.standardize(self.vae.encode(x)[0])
+        with self.computing():
+            mean, _ = self.vae.encode(x)
+        return self.standard.standardize(mean.float())
 
     @torch.no_grad()
     def encode_with_features(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The standardized latent of x, and what the encoder felt on the way at strides 1, 2 and 4."""
-        mean, features = self.vae.encode_with_features(x)
-        return self.standard.standardize(mean), features
+        with self.computing():
+            mean, features = self.vae.encode_with_features(x)
+        return self.standard.standardize(mean.float()), [part.float() for part in features]
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
         """The image of a standardized latent, clipped to [-1, 1]."""
-        return self.vae.decode(self.standard.raw(z)).clamp(-1, 1)
+        with self.computing():
+            x = self.vae.decode(self.standard.raw(z))
+        return x.float().clamp(-1, 1)
 
     @torch.no_grad()
     def normal_latent(self, z: Tensor) -> Tensor:
         """G(z), the mean over the draws, (B, C, h, w)."""
         level, steps, solver = self.settings.noise_level, self.settings.steps, self.settings.solver
         heads = two_heads(self.network)
-        return torch.stack([normalizer(heads, z, level, noise, steps, solver) for noise in self.draws(z)]).mean(0)
+        with self.computing():
+            walked = [normalizer(heads, z, level, noise, steps, solver) for noise in self.draws(z)]
+        return torch.stack(walked).mean(0)
 
     @torch.no_grad()
     def estimate(self, z: Tensor, level: float) -> Estimate:
@@ -238,10 +253,11 @@ class Normalizer:
         t = torch.full((len(z),), level, device=z.device)
         for noise in self.draws(z):
             z_t = interpolate(z, noise, level)
-            noise_hat, velocity, shared = self.network.heads_and_features(at_unit_variance(z_t, t), t)
+            with self.computing():
+                noise_hat, velocity, shared = self.network.heads_and_features(at_unit_variance(z_t, t), t)
             by_flow += clean_from_velocity(z_t, velocity, t) / self.settings.draws
             by_diffusion += clean_from_noise(z_t, noise_hat, t) / self.settings.draws
-            features = features + shared / self.settings.draws
+            features = features + shared.float() / self.settings.draws
         return Estimate(by_flow, by_diffusion, features, self.decode)
 
     def draws(self, z: Tensor) -> list[Tensor]:

@@ -41,6 +41,7 @@ TABLE = (
     ("flowdiff.validate_every",       200,                     100),
     ("flowdiff.sample_every",         800,                     400),
     ("flowdiff.log_every",            50,                      50),
+    ("inference.precision",           "auto",                  SAME),
     ("inference.solver",              SAME,                    "one_step"),
     ("inference.draws",               SAME,                    2),
     ("inference.top_share",           SAME,                    0.002),

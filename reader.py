@@ -174,13 +174,16 @@ class Reader:
         inputs = [known.standardize(part, largest, [WHOLE]) for known, part in zip(self.statistics, maps, strict=True)]
         opposite = [part.flip(-1) for part in inputs] if self.settings.mirror else []
         size, device = tuple(seen.detail.shape[-2:]), seen.detail.device
-        logits = self.network(inputs, opposite, positions(self.extractor.grid(seen), [WHOLE], device))
+        with seen.model.computing():
+            logits = self.network(inputs, opposite, positions(self.extractor.grid(seen), [WHOLE], device)).float()
         logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         share = self.settings.tuned_share
         if self.tuned is None or share == 0:
             return logits
         places = positions(size, [WHOLE], device).expand(len(seen.detail), -1, -1, -1)
-        return (1 - share) * logits + share * self.tuned(seen.detail, places)
+        with seen.model.computing():
+            tuned = self.tuned(seen.detail, places).float()
+        return (1 - share) * logits + share * tuned
 
     @property
     def sha256(self) -> str:

@@ -83,6 +83,7 @@ def train_reader(
     save_sheet(images, config, folder / SHEET)
     run = identity | {"precision": training_precision(config.runtime, model.device.type == "cpu")}
     made_with = {name: value for name, value in run.items() if name not in LEARNING}
+    made_with["read_in"] = config.inference.precision
     pool = make_pool(model, extractor, images, config, made_with, folder / POOL)  # first: it may refuse
     tuned = fit_tuned(images, config, run, folder / TUNED_LAST, model.device) if settings.tuned_steps else None
     statistics = pool.statistics(config)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import interruption
 from checks import UsageError
-from config import Config, RuntimeConfig
+from config import Config, InferenceConfig, RuntimeConfig
 from files import says_full
 from progress import own_voice
 
@@ -125,6 +125,13 @@ def precision_of(accelerator: Accelerator) -> str:
 def training_precision(config: RuntimeConfig, on_cpu: bool) -> str:
     """runtime.precision with auto resolved: bf16 where the hardware multiplies it, or no."""
     return config.precision if config.precision != "auto" else "bf16" if multiplies_bf16(on_cpu) else "no"
+
+
+def reading_precision(config: InferenceConfig, device: torch.device) -> str:
+    """inference.precision with auto resolved: float32 or bf16."""
+    if config.precision != "auto":
+        return config.precision
+    return "bf16" if multiplies_bf16(device.type == "cpu") else "float32"
 
 
 def autocast(config: RuntimeConfig, device: torch.device) -> torch.autocast:
