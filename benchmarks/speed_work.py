@@ -37,11 +37,12 @@ from radiographs.manifest import Record
 from reader import FeatureStatistics, Reader, ReaderEnsemble
 from reader_training import FeatureExtractor
 from run_log import Meter
-from runtime import EMA, precision_of, step_loader
+from runtime import EMA, precision_of, reading_precision, step_loader
 from standardization import PixelStatistics, features
 from survey import magnification_of
 from train_flowdiff import training_normalizer
 from train_vae import posterior_noise, random_crops
+from tuned_backbone import TunedBackbone
 
 FOR_EVER = 10**9  # steps
 IMAGES = 16  # that are drawn, and come again and again
@@ -235,7 +236,7 @@ def phase4(config: Config, accelerator: Accelerator) -> Work:
             maps = calibration.anomaly_map(seen, config)
             return maps.cpu().numpy(), calibration.scores_of(seen, maps, config).tolist()
 
-    return Work(step, settings.batch_size)
+    return Work(step, settings.batch_size, reading_precision(settings, accelerator.device))
 
 
 def untrained_normalizer(config: Config, device: torch.device) -> Normalizer:
@@ -266,11 +267,12 @@ def made_up_calibration(model: Normalizer, config: Config, x: Tensor) -> Calibra
         for one, part in zip(ones, maps, strict=True)
     ]
     network = frozen(ReaderEnsemble.untrained([part.shape[1] for part in maps], extractor.settings)).to(model.device)
+    tuned = frozen(TunedBackbone()).to(model.device) if extractor.settings.tuned_steps else None
     weights = (1.0, config.reader.plain_weight, config.reader.residual_weight)
     return Calibration(
         **common,
         statistics=nothing_unusual(x.shape, "cpu"),
-        reader=Reader(network, statistics, extractor, {}),
+        reader=Reader(network, statistics, extractor, {}, tuned),
         score_fusion=ScoreFusion((0.0,) * 3, (1.0,) * 3, weights),
         beside_statistics=nothing_unusual((1, 2, *seen.x.shape[2:]), "cpu"),
     )
@@ -282,12 +284,18 @@ def nothing_unusual(shape: tuple[int, ...], device: torch.device | str) -> Pixel
 
 
 def patchcore(config: Config, accelerator: Accelerator) -> Work:
-    """A batch of peers/patchcore.py, on the same backbone as the reader."""
+    """A batch of peers/patchcore.py, on the same backbone as the reader, which computes in the same precision."""
     from peers.patchcore import SHARE, Patchcore
 
     peer, x = Patchcore(0, config), noise_images(config, config.inference.batch_size)[:, 0].numpy()
-    backbone = peer.features.backbone.to(accelerator.device)
-    peer.features.backbone = lambda images: backbone(images.to(accelerator.device))
+    device = accelerator.device
+    backbone, precision = peer.features.backbone.to(device), reading_precision(config.inference, device)
+
+    def features(images: Tensor) -> list[Tensor]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            return [part.float() for part in backbone(images.to(device))]
+
+    peer.features.backbone = features
     patches = peer.features(x[:1]).permute(0, 2, 3, 1).flatten(0, 2)
     remembered = max(1, round(SHARE * PATCHES * len(patches)))
     peer.memory = patches[torch.arange(remembered, device=patches.device) % len(patches)]
@@ -297,7 +305,7 @@ def patchcore(config: Config, accelerator: Accelerator) -> Work:
         with products_in("float32"):
             return peer.score(x)
 
-    return Work(step, len(x))
+    return Work(step, len(x), precision)
 
 
 def pixel_diffusion_step(config: Config, accelerator: Accelerator) -> Work:
