@@ -9,7 +9,6 @@ import copy
 import hashlib
 import itertools
 import math
-import os
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from augmentation import Augmentation
 from checks import UsageError
 from config import DataConfig
 from decoded import cache_of, reading_told
@@ -237,8 +237,9 @@ class RadiographDataset(Dataset):
 
     An item holds image (float32 (1, H, W) in [-1, 1]), mask (uint8 (1, H, W), zeros where there is none), label (-1
     unknown), has_mask, index, original_height and original_width (of the file, in pixels). With augmentation an item
-    depends on seed, epoch and index alone. Without samples in memory each access reads the file, and raises
-    UsageError where that fails. `digests` says of every record what its file holds, `prints` what it looks like.
+    depends on seed, epoch and index alone; where a device is to do it, the item is plain and has `numbers` beside it.
+    Without samples in memory each access reads the file, and raises UsageError where that fails. `digests` says of
+    every record what its file holds, `prints` what it looks like.
     """
 
     def __init__(
@@ -255,14 +256,14 @@ class RadiographDataset(Dataset):
         self.seed = seed
         self.digests = digests
         self.prints = prints
-        self.augment = False
         self._samples = samples
-        self._geometry = None
+        self._augmentation: Augmentation | None = None
+        self._on_device = False
 
-    def augmented(self) -> "RadiographDataset":
-        """The same radiographs, and the same memory, with augmentation."""
+    def augmented(self, on_device: bool = False) -> "RadiographDataset":
+        """The same radiographs, and the same memory, with augmentation; or plain, with its numbers, `on_device`."""
         other = copy.copy(self)
-        other.augment = True
+        other._augmentation, other._on_device = Augmentation(self.config), on_device
         return other
 
     @property
@@ -286,8 +287,13 @@ class RadiographDataset(Dataset):
         image, mask = sample.image, sample.mask
         has_mask = mask is not None
         mask = mask.astype(np.uint8) if has_mask else np.zeros(image.shape, np.uint8)
-        if self.augment:
-            image, mask = self._augment(image, mask, np.random.default_rng((self.seed, epoch, index)))
+        more = {}
+        if self._augmentation:
+            draws = self._augmentation.draw(image.shape, np.random.default_rng((self.seed, epoch, index)))
+            if self._on_device:
+                more = {"numbers": self._augmentation.numbers(draws)}
+            else:
+                image, mask = self._augmentation.on_host(image, mask, draws)
         return {
             "image": torch.from_numpy(np.array(image[None])),  # a copy: the one in memory stays as it is
             "mask": torch.from_numpy(mask[None]),
@@ -296,6 +302,7 @@ class RadiographDataset(Dataset):
             "index": index,
             "original_height": sample.original_shape[0],
             "original_width": sample.original_shape[1],
+            **more,
         }
 
     def _read_again(self, index: int) -> Sample:
@@ -307,42 +314,3 @@ class RadiographDataset(Dataset):
         if sample.digest != self.digests[index]:
             raise UsageError(f"{self.records[index].path.name} changed while it was used: give the same command again")
         return sample
-
-    def _augment(
-        self, image: np.ndarray, mask: np.ndarray, random: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Move image and mask together, then change the grey levels of the image."""
-        config = self.config
-        if self._geometry is None:
-            self._geometry = _geometry(config)
-        self._geometry.set_random_seed(int(random.integers(2**31)))
-        moved = self._geometry(image=image[..., None], mask=mask)
-        x = exposed_anew(moved["image"][..., 0], config, random)
-        x = x + random.uniform(0, config.noise_std) * random.standard_normal(x.shape, np.float32)
-        return np.clip(x, -1, 1).astype(np.float32), moved["mask"]
-
-
-def exposed_anew(x: np.ndarray, config: DataConfig, random: np.random.Generator) -> np.ndarray:
-    """The radiograph x (H, W) in [-1, 1] at another contrast, brightness and gamma."""
-    gain = random.uniform(1 - config.contrast, 1 + config.contrast)
-    x = gain * x + random.uniform(-config.brightness, config.brightness)
-    exponent = random.uniform(1 - config.gamma, 1 + config.gamma)
-    return 2 * np.clip((x + 1) / 2, 0, 1) ** exponent - 1
-
-
-def _geometry(config: DataConfig):
-    """Flip, rotation, shift and zoom; the uncovered border repeats the edge, since black would draw one of its own."""
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for its newest version at import
-    import albumentations
-    import cv2
-
-    shift, scale, rotate = config.shift_share, config.scale_share, config.rotate_degrees
-    move = albumentations.Affine(
-        scale=(1 - scale, 1 + scale),
-        translate_percent=(-shift, shift),
-        rotate=(-rotate, rotate),
-        keep_ratio=True,
-        border_mode=cv2.BORDER_REPLICATE,
-        p=1,
-    )
-    return albumentations.Compose([albumentations.HorizontalFlip(p=0.5 if config.flip else 0), move])

@@ -32,9 +32,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from augmentation import images_of, on_device, shaping
 from checks import UsageError
 from command_line import parse_command
-from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, LatentConfig
+from config import VAE_DOWNSAMPLING, Config, LatentConfig
 from dataset import RadiographDataset, open_normals
 from files import load_checkpoint, sha256, write_atomically, write_sealed_json
 from growing import GrowingArray, finished_rows
@@ -69,7 +70,7 @@ def main() -> None:
     datasets = open_normals(config.data, config.runtime.seed, out / "skipped_local_only.csv", quiet=not team.leads)
     rows = {"train": list(range(len(datasets["train"]))), "val": unseen_rows(datasets["val"], checkpoint, settings)}
 
-    made_of = made_from(config, datasets, rows, vae_sha256)
+    made_of = made_from(config, datasets, rows, vae_sha256, accelerator.device)
     encoder = Encoder(vae, datasets, made_of, config, accelerator.device, Waiting())
     if not team.leads:
         if team.may_begin():
@@ -139,7 +140,9 @@ def write_sources(out: Path, split: str, dataset: RadiographDataset, keys: list[
     write_atomically(out / f"latents_{split}.pkl", partial(Path.write_bytes, data=pickled), private=True)
 
 
-def made_from(config: Config, datasets: dict[str, RadiographDataset], rows: dict, vae_sha256: str) -> dict:
+def made_from(
+    config: Config, datasets: dict[str, RadiographDataset], rows: dict, vae_sha256: str, device: torch.device
+) -> dict:
     """Everything that the latents follow from, as JSON has it: the same again gives the same latents."""
     return {
         "vae_sha256": vae_sha256,
@@ -147,7 +150,7 @@ def made_from(config: Config, datasets: dict[str, RadiographDataset], rows: dict
         "radiographs": {split: dataset.digest for split, dataset in datasets.items()},
         "patients": {split: dataset.patients_digest for split, dataset in datasets.items()},
         "rows": rows,
-        "data": without(plain(config.data), *WHEREABOUTS),
+        "data": shaping(config.data, device),
         "latent": without(plain(config.latent), "vae_checkpoint", "batch_size", "output"),
         "seed": config.runtime.seed,
     }
@@ -221,7 +224,8 @@ def encode_to_file(encoder: Encoder, split: str, keys: list[tuple[int, int]], pa
     if array.rows:
         print(f"{path.name}: {array.rows} of {len(keys)} latents are there already")
     plain_keys = [key for key in keys if key[0] == 0]
-    parts = [(dataset, plain_keys), (dataset.augmented(), keys[len(plain_keys) :])]
+    augmented = dataset.augmented(on_device(config.data, encoder.device))
+    parts = [(dataset, plain_keys), (augmented, keys[len(plain_keys) :])]
     steps, done = Steps(), array.rows
     with torch.no_grad(), bar(total=len(keys), initial=done, desc=f"phase 2, {path.name}", unit="latent") as progress:
         for images, wanted in parts:
@@ -229,7 +233,7 @@ def encode_to_file(encoder: Encoder, split: str, keys: list[tuple[int, int]], pa
             workers = config.data.num_workers if left else 0
             loader = DataLoader(images, size, sampler=left, num_workers=workers, worker_init_fn=ignore_signals)
             for number, batch in enumerate(steps.of(encoder.waiting.of(loader)), 1):
-                mean, _ = encoder.vae.encode(batch["image"].to(encoder.device))
+                mean, _ = encoder.vae.encode(images_of(batch, encoder.device))
                 array.append(mean.float().cpu().numpy())
                 progress.update(len(mean))
                 if number % SAVE_EVERY == 0 or steps.asked:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from augmentation import exposed_anew
 from checks import UsageError
 from config import Config
 from config_reading import ReaderConfig
 from corruption import check_fills, corrupt
-from dataset import exposed_anew
 from features import FeatureExtractor, with_backbone
 from files import write_json
 from interruption import Steps, remember

@@ -29,10 +29,11 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from augmentation import images_of, on_device, shaping
 from checks import UsageError
 from command_line import CommandLine, parse_command
 from computing import adamw, compiled, continue_optimizer, fast_products, laid_out, leaves_out
-from config import VAE_DOWNSAMPLING, WHEREABOUTS, Config, VAEConfig
+from config import VAE_DOWNSAMPLING, Config, VAEConfig
 from dataset import RadiographDataset, open_normals
 from files import (
     RunIdentity,
@@ -87,7 +88,7 @@ def main() -> None:
     device, main_process = accelerator.device, accelerator.is_main_process
 
     datasets = open_normals(config.data, seed, out / "skipped_local_only.csv", quiet=not main_process)
-    train, validation = datasets["train"].augmented(), datasets["val"]
+    train, validation = datasets["train"].augmented(on_device(config.data, device)), datasets["val"]
     size = f"{config.data.height} x {config.data.width}"
     accelerator.print(f"{len(train)} training and {len(validation)} validation radiographs at {size}")
     fast_products(device)
@@ -151,7 +152,7 @@ def main() -> None:
         set_learning_rate(optimizer, learning_rate(step, settings.lr, settings.lr_warmup_steps, total))
         step += 1
         torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
-        x = random_crops(batch["image"].to(device, non_blocking=True), config, step, accelerator)
+        x = random_crops(images_of(batch, device), config, step, accelerator)
         loss = vae_loss(x, *model(x, posterior_noise(vae, x, config, step, accelerator)), settings)
 
         accelerator.backward(loss.total)
@@ -204,7 +205,7 @@ def run_identity(
     """What a resumed run must share: numbers and contents, not where files lie nor how fast they are read."""
     unused = ("patience",) if config.vae.crop else ("patience", "crop")  # what an earlier version did not know
     settings = {
-        "data": without(plain(config.data), *WHEREABOUTS),
+        "data": shaping(config.data, accelerator.device),
         "vae": without(plain(config.vae), "output", "log_every", "pretrained", *unused),
         "runtime": {"seed": config.runtime.seed},
         "number of processes": accelerator.num_processes,

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import interruption
+from augmentation import exposed_anew
 from config import Config
 from corruption import corrupt
-from dataset import exposed_anew
 from interruption import Steps, remember
 from last_step import LastStep
 from progress import bar

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import speed_work as work_of
 import torch
+from speed_augmentation import augmentations
 from speed_reader import tuning_step
 from stopwatch import Work, compare, free_mib, measure, own_mib, ten_most
 
@@ -168,6 +169,13 @@ def tuning(here: Here, size: int) -> list[dict]:
     return side_by_side({name: tuning_step(config, accelerator, ours) for name, ours in names.items()}, here)
 
 
+def augmentation(here: Here, size: int) -> list[dict]:
+    """Augmentation by the host, image by image, beside batches on the device."""
+    batches = [here.config(size, batch) for batch in here.batches]
+    works = (augmentations(config, here.accelerator) for config in batches)
+    return [row for each in works for row in side_by_side(each, here)]
+
+
 def examinations(here: Here, size: int) -> list[dict]:
     """Phase 4 beside PatchCore on the same backbone, and beside a diffusion model of pixels: one step, times 250."""
     batch, works = min(4, here.batches[-1]), {}
@@ -253,6 +261,7 @@ PARTS: dict[str, Callable[[Here, int], list[dict]]] = {
     "phase4-reader": each_batch(phase4("reader")),
     "plain-loop": plain_loop,
     "tuning": tuning,
+    "augmentation": augmentation,
     "examinations": examinations,
     "settings": settings,
     "compile": compiling,

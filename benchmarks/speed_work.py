@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from anomaly import stacked_views
+from augmentation import images_of, on_device
 from calibration import Calibration
 from computing import adamw, compiled, fast_products, laid_out, leaves_out
 from config import VAE_DOWNSAMPLING, Config
@@ -81,13 +82,13 @@ def phase1(config: Config, accelerator: Accelerator, change: Change | None = Non
     model, optimizer = accelerator.prepare(compiled(vae, config.runtime, device), optimizer)
     guard, meter, numbers = StepGuard("vae.lr", 20, optimizer=leaves_out(optimizer)), Meter(), count(1)
     work = Work(None, settings.batch_size, computes_in(accelerator))
-    images = step_loader(drawn_images(config), settings.batch_size, (0, FOR_EVER), config, accelerator)
-    batches = timed(images, work.waited)
+    images = images_in_memory(config).augmented(on_device(config.data, device))
+    batches = timed(step_loader(images, settings.batch_size, (0, FOR_EVER), config, accelerator), work.waited)
     model.train()
 
     def step() -> None:
         number, batch = next(numbers), next(batches)
-        x = random_crops(batch["image"].to(device, non_blocking=True), config, number, accelerator)
+        x = random_crops(images_of(batch, device), config, number, accelerator)
         loss = vae_loss(x, *model(x, posterior_noise(vae, x, config, number, accelerator)), settings)
         accelerator.backward(loss.total)
         grad_norm = accelerator.clip_grad_norm_(trained, settings.grad_clip)
@@ -336,8 +337,8 @@ def noise_images(config: Config, number: int, times: int = 1) -> Tensor:
     return torch.rand(number, 1, times * config.data.height, times * config.data.width) * 2 - 1
 
 
-def drawn_images(config: Config) -> RadiographDataset:
-    """A few images in memory, augmented as training augments them."""
+def images_in_memory(config: Config) -> RadiographDataset:
+    """A few images of noise, as they are when they were read."""
     height, width = config.data.height, config.data.width
     records = [Record(Path(f"{n}.png"), "train", 0, "normal", None, str(n), "file") for n in range(IMAGES)]
     images, nothing = noise_images(config, IMAGES)[:, 0].numpy(), np.zeros(32, np.uint8)
@@ -346,9 +347,7 @@ def drawn_images(config: Config) -> RadiographDataset:
         for record, image in zip(records, images, strict=True)
     }
     digests = [record.patient for record in records]
-    return RadiographDataset(
-        records, config.data, config.runtime.seed, digests, [nothing] * IMAGES, samples
-    ).augmented()
+    return RadiographDataset(records, config.data, config.runtime.seed, digests, [nothing] * IMAGES, samples)
 
 
 def latents_on_disk(folder: Path, rows: int, config: Config, channels: int = 4) -> LatentDataset:

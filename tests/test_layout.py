@@ -16,6 +16,7 @@ SCRIPTS = {"train_vae", "extract_latents", "train_flowdiff", "inference", "expor
 PARTS = {
     "anomaly",
     "archive",
+    "augmentation",
     "calibration",
     "dataset",
     "flowdiff_batch",

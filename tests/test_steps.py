@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import augmentation
 import computing
 import flowdiff_batch
 import train_flowdiff
@@ -67,7 +68,8 @@ def checkpoints(monkeypatch):
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """The CPU treated as a GPU is: not waited for, with kernels and layouts of its own, and latents in its memory."""
+    """The CPU treated as a GPU is: it augments, nobody waits for it, latents lie in its memory, kernels are its own."""
+    monkeypatch.setattr(augmentation, "AUGMENTING", ("cpu",))
     monkeypatch.setattr(computing, "WAITED_FOR", ())
     monkeypatch.setattr(flowdiff_batch, "RESIDENT", ("cpu",))
 

@@ -55,9 +55,9 @@ def test_radiographs_that_vanish_while_they_are_read_are_one_line(workers, call,
     data = shutil.copytree(made.phantoms, tmp_path / "data")
     make = dataset.RadiographDataset.augmented
 
-    def vanishing(self):
+    def vanishing(self, *given):
         shutil.rmtree(data, ignore_errors=True)
-        return make(self)
+        return make(self, *given)
 
     monkeypatch.setattr(dataset.RadiographDataset, "augmented", vanishing)
     result = call("train_vae", "--data.cache-gb", 0, "--data.num-workers", workers, data=data)
