@@ -53,7 +53,7 @@ class DataConfig:
     cache_folder: str = "./outputs/cache"  # where; its owner's alone, for it holds pixels; may be removed at any time
     num_workers: int = 4  # loader processes; 0 loads in the main process
     # where images are augmented: on the host one by one, or on the device in batches, by the same random numbers and
-    # equal but for rounding; auto takes a GPU where there is one
+    # the same but for interpolation (augmentation.py); auto: on the device if it is a GPU
     augment_on: Literal["auto", "host", "device"] = "auto"
     flip: bool = False  # mirror left-right at random: doubles the data, but left and right then mean nothing
     rotate_degrees: float = 3.0  # augmentation: random rotation up to this angle; 0 switches it off

@@ -16,6 +16,7 @@ import speed_parts
 import speed_table
 import speed_work
 import stopwatch
+from speed_augmentation import augmentations
 from speed_reader import tuning_step
 
 from checks import UsageError
@@ -164,6 +165,14 @@ def test_a_step_of_the_tuned_backbone_is_the_same_with_either_backward_pass(here
         tuning_step(here.config(64, 1), here.accelerator, ours).step()
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_augmentation_gives_the_same_images_either_way_it_is_timed(here):
+    works = augmentations(here.config(32, 2), here.accelerator).values()
+    host, batched, numbers = (work.step() for work in works)
+    assert batched.shape == numbers["numbers"].noise.shape == (2, 1, 32, 64) and {work.images for work in works} == {2}
+    torch.testing.assert_close(batched, host, rtol=0, atol=0.07)  # of noise; other numbers give 2
+    assert (numbers["image"] - host).abs().max() > 1
 
 
 @pytest.mark.parametrize("make", [speed_parts.phase1, speed_parts.phase3, speed_parts.phase3_identity])
