@@ -344,7 +344,7 @@ def test_a_tiny_autoencoder_of_sixteen_latent_channels_goes_through_all_phases(c
 
 
 SHARED = {
-    "train_vae": ["--vae.steps", 4, "--vae.scratch-channels", 16, 16, 32, 32, "--data.augment-on", "device"],
+    "train_vae": ["--vae.steps", 4, "--vae.scratch-channels", 16, 16, 32, 32],
     "train_flowdiff": ["--flowdiff.lr-warmup-steps", 0, "--flowdiff.identity-share", 0.5, *QUICK],
 }
 ROUNDING = {"train_vae": 1e-4, "train_flowdiff": 1e-6}  # of sums, as Adam amplifies it; other noise makes 0.7 and 0.1
