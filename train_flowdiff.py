@@ -182,7 +182,7 @@ def main() -> None:
         if not main_process:
             continue  # and wait at the next gradient while the first validates
         if step % settings.validate_every == 0 or step == settings.identity_warmup_start or ends:
-            scores = validate(ema.module, validation, decode, config, accelerator)
+            scores = validate(ema.module, validation, decode, config, accelerator, waiting)
             log.write(step, {f"val/{name}": value for name, value in scores.items()})
             say(f"step {step}: {_shown(scores)}")
             if competes(step, settings) and scores["objective"] < best:
@@ -273,6 +273,7 @@ def validate(
     decode: Callable[[Tensor], Tensor],
     config: Config,
     accelerator: Accelerator,
+    waiting: Waiting,
 ) -> dict[str, float]:
     """Mean losses of the EMA weights over the validation latents, with the same times and noise at every call.
 
@@ -283,7 +284,7 @@ def validate(
     pixels = settings.identity_space == "pixel"
     random = generator(config.runtime.seed, "validation")
     for repeat in range(max(1, round(128 / len(dataset)))):
-        for z in DataLoader(dataset, batch_size=settings.batch_size):
+        for z in waiting.of(DataLoader(dataset, batch_size=settings.batch_size)):
             noise, t = torch.randn(z.shape, generator=random), stratified_times(len(z), random)
             z, noise, t = (part.to(accelerator.device) for part in (z, noise, t))
             with accelerator.autocast():

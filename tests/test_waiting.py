@@ -113,3 +113,12 @@ def test_every_phase_ends_by_saying_it(script, call, tmp_path):
     logs = list(tmp_path.glob("*/log.csv"))
     assert len(logs) == script.startswith("train_")
     assert all(",train/waited_for_data," in log.read_text() for log in logs)
+
+
+@pytest.mark.parametrize("script", ["train_vae", "train_flowdiff"])
+def test_batches_of_a_validation_are_waited_for_too(script, call, monkeypatch):
+    of, loops = Waiting.of, []
+    monkeypatch.setattr(Waiting, "of", lambda waiting, batches: loops.append(batches) or of(waiting, batches))
+    assert call(script).code == 0
+    assert len([batches for batches in loops if not isinstance(batches, DataLoader)]) == 1  # the training's, on a bar
+    assert any(isinstance(batches, DataLoader) for batches in loops)
