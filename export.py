@@ -43,10 +43,10 @@ from normalizer import Normalizer
 from phantoms.phantom import draw_phantom
 from radiographs.geometry import fit_detail, fit_mask
 from reporting.card import CardFacts, model_card
-from reporting.figures import ColourScale
+from reporting.figures import ColourScale, save_result
 from reporting.summary import metrics_table
 from runtime import run_script
-from showing import draw
+from showing import panels_of
 from survey import magnification_of
 
 CARD, PICTURE = "README.md", "example.png"
@@ -226,7 +226,8 @@ def draw_example(path: Path, model: Normalizer, calibration: Calibration, config
     seen = model.examine(torch.from_numpy(image)[None, None], times)
     maps = calibration.anomaly_map(seen, config)
     title = f"a phantom with a cyst  |  method {calibration.method}"
-    draw(path, seen, 0, maps[0, 0].cpu().numpy(), title, ColourScale(**calibration.scale), mask)
+    panels = panels_of(seen, 0, maps[0, 0].cpu().numpy())
+    save_result(path, *panels, title, ColourScale(**calibration.scale), mask)
 
 
 def facts_of(

@@ -51,7 +51,7 @@ from checks import UsageError
 from command_line import parse_command
 from conclusion import REMARKS, conclude
 from config import Config
-from dataset import Sample, read_batches, refuse_too_many_bad, report_skipped
+from dataset import read_batches, refuse_too_many_bad, report_skipped
 from examination import (
     calibration_of,
     open_normalizer,
@@ -70,14 +70,15 @@ from publishing import SKIPPED, errors_in, metrics_in, publish, same_errors
 from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
-from reporting.figures import ColourScale
+from reporting.figures import ColourScale, save_result
 from reporting.layers import FOLDER, save_layers
 from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
 from runtime import run_script
 from shards import PURPOSE, Shard, Team, remove_shards
-from showing import draw, layers_of, title_of
+from showing import layers_of, panels_of, title_of
 from survey import magnification_of
 from waiting import Waiting
+from writing import Writing
 
 RECIPE = 2  # raise it when code changes the results of the same files and settings
 SAVE_EVERY = 10  # batches at first, then a twentieth of those that are done: the note grows with them
@@ -207,7 +208,9 @@ def examine(
     batches = read_batches(records[begun : rows.stop], config.data, settings.batch_size, errors, times, finest)
     steps, next_save, began, waiting = Steps(), SAVE_EVERY, time.perf_counter(), Waiting()
     bad = sum("error" in entry for entry in unfinished.entries)
-    with bar(total=total, initial=done, desc="phase 4", unit="image") as progress:
+    progress = bar(total=total, initial=done, desc="phase 4", unit="image")
+    most = 2 * settings.batch_size  # of pictures and of arrays that wait to be written: those of a batch
+    with progress, Writing(config.data.num_workers, most) as writing:
         for number, batch in enumerate(steps.of(waiting.of(batches)), 1):
             unfinished.entries += [{"index": places[error.path], "error": error.reason} for error in errors]
             bad += len(errors)
@@ -229,21 +232,25 @@ def examine(
                 entry = {"index": index, "row": row, "score": score, **remarks, "figure": figure}
                 unfinished.entries.append(entry)
                 if record.label is not None:
-                    unfinished.keep(index, anomaly_map, sample.mask)
+                    writing.keep(unfinished.keep, index, anomaly_map, sample.mask)
                 if settings.save_maps:
-                    save_map(fresh / "maps" / f"{index:03d}.npy", anomaly_map, sample, config)
+                    path = fresh / "maps" / f"{index:03d}.npy"
+                    writing.keep(save_map, path, anomaly_map, sample.original_shape, config)
                 if objects:
                     entry["objects"] = objects.write(index, record, anomaly_map, sample.original_shape)
                 if settings.report:
                     layers = layers_of(seen, position, anomaly_map, sample, config)
-                    entry["report"] = save_layers(fresh / FOLDER, index, layers, scale.anomaly_map)
+                    entry["report"] = layers.told()
+                    writing.draw(save_layers, fresh / FOLDER, index, layers, scale.anomaly_map)
                 if figure:
                     title = f"{title_of(index, score, p_value, threshold, record)}  |  method {settings.method}"
-                    draw(fresh / figure, seen, position, anomaly_map, title, scale, sample.mask)
+                    panels = panels_of(seen, position, anomaly_map)
+                    writing.draw(save_result, fresh / figure, *panels, title, scale, sample.mask)
             done = min(total, begun - rows.start + settings.batch_size * (1 + batch[-1][0] // settings.batch_size))
             progress.update(done - progress.n)
             if number >= next_save or steps.asked:
                 next_save = number + max(SAVE_EVERY, number // 20)
+                writing.finish()  # the note says what is there
                 unfinished.save(done)
                 remember(f"the same command goes on after {done} {goes_on}")
             if bad > config.data.max_bad_share * len(records):
@@ -283,9 +290,9 @@ def figures_to_draw(records: list[Record], count: int) -> set[int]:
     return {index for _, index in turns[:count]}
 
 
-def save_map(path: Path, anomaly_map: np.ndarray, sample: Sample, config: Config) -> None:
+def save_map(path: Path, anomaly_map: np.ndarray, original_shape: tuple[int, int], config: Config) -> None:
     """The map (H, W) as float32 .npy at the size of the original image."""
-    full = unfit_map(anomaly_map, sample.original_shape, config.data.fit, magnification_of(config))
+    full = unfit_map(anomaly_map, original_shape, config.data.fit, magnification_of(config))
     write_binary(path, lambda file: np.save(file, full))
 
 

@@ -1,7 +1,5 @@
 """Part: what phase 4 shows of one image of a batch: the six panels of its figure, and the layers of the report."""
 
-from pathlib import Path
-
 import numpy as np
 from torch.nn import functional as F
 
@@ -10,7 +8,6 @@ from dataset import Sample
 from image_ops import residual_components
 from normalizer import Examined
 from radiographs.manifest import Record
-from reporting.figures import ColourScale, save_result
 from reporting.layers import Layers
 
 
@@ -21,21 +18,12 @@ def title_of(index: int, score: float, p_value: float, threshold: float, record:
     return f"{title}  |  {record.kind}" if record.kind else title
 
 
-def draw(
-    path: Path,
-    seen: Examined,
-    position: int,
-    anomaly_map: np.ndarray,
-    title: str,
-    scale: ColourScale,
-    mask: np.ndarray | None,
-) -> None:
-    """result_XXX.png: six panels, the score in the title, the outline where there is a mask."""
+def panels_of(seen: Examined, position: int, anomaly_map: np.ndarray) -> list[np.ndarray]:
+    """What result_XXX.png shows: original, G(x), L1 component, gradient component and the map, all of its size."""
     x, normal, detail = (batch[position : position + 1] for batch in (seen.x, seen.normal, seen.detail))
     l1, gradient, _ = residual_components(x, normal)
     larger = [F.interpolate(panel, size=anomaly_map.shape) for panel in (normal, l1, gradient)]
-    panels = (panel[0, 0].cpu().numpy() for panel in (detail, *larger))
-    save_result(path, *panels, anomaly_map, title, scale, mask)
+    return [*(panel[0, 0].cpu().numpy() for panel in (detail, *larger)), anomaly_map]
 
 
 def layers_of(seen: Examined, position: int, anomaly_map: np.ndarray, sample: Sample, config: Config) -> Layers:

@@ -39,9 +39,18 @@ class Layers:
     mask: NDArray | None  # bool, True on a lesion
     shape: tuple[int, int]  # rows, columns of the field as it is shown: those of the file where it was squashed
 
+    @property
+    def outlined(self) -> bool:
+        """Whether there is a lesion to draw a line around."""
+        return self.mask is not None and bool(self.mask.any())
 
-def save_layers(folder: Path, index: int, layers: Layers, end: float) -> dict:
-    """Write the pictures of image `index` into a folder; gives what the page must know of them.
+    def told(self) -> dict:
+        """What the page must know of them."""
+        return {"shape": [int(side) for side in self.shape], "outlined": self.outlined}
+
+
+def save_layers(folder: Path, index: int, layers: Layers, end: float) -> None:
+    """Write the pictures of image `index` into a folder.
 
     end is the value of the map that gets the last colour, the same for all images of a run.
     """
@@ -52,11 +61,9 @@ def save_layers(folder: Path, index: int, layers: Layers, end: float) -> dict:
     _save(folder / f"{index:03d}_normal.png", Image.fromarray(grey(layers.normal)))
     _save(folder / f"{index:03d}_map.png", coloured, transparency=opacities().tobytes())
     _save(folder / f"{index:03d}_thumb.jpg", thumbnail(original, levels, layers.shape), quality=82)
-    outlined = layers.mask is not None and bool(layers.mask.any())
-    if outlined:
+    if layers.outlined:
         text = outline_svg(layers.mask)
         write_atomically(folder / f"{index:03d}_outline.svg", lambda beside: beside.write_text(text))
-    return {"shape": [int(side) for side in layers.shape], "outlined": outlined}
 
 
 def grey(image: NDArray) -> NDArray:

@@ -67,6 +67,7 @@ LEAVES = {
     "thresholds",
     "typical",
     "waiting",
+    "writing",
 }
 LEAVES |= {name for name in FILES if "." in name}  # a folder is a leaf with several doors
 LIGHT = {
@@ -82,6 +83,7 @@ LIGHT = {
     "progress",
     "thresholds",
     "typical",
+    "writing",
 } | {name for name in FILES if "." in name}  # run without torch
 HEAVY = {"torch", "accelerate", "diffusers", "torchmetrics"}
 

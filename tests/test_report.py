@@ -101,11 +101,12 @@ def test_a_map_has_the_colours_of_the_figures_and_lets_the_original_through_wher
 
 
 def test_every_picture_of_an_image_is_there_and_the_outline_only_where_there_is_a_mask(tmp_path):
-    flat, mask = np.zeros((16, 32)), np.zeros((16, 32), bool)
-    assert not save_layers(tmp_path, 0, Layers(flat, flat[::2, ::2], flat, mask, (90, 200)), 1.0)["outlined"]
-    mask[4:8, 4:8] = True
-    told = save_layers(tmp_path, 1, Layers(flat, flat[::2, ::2], flat, mask, (90, 200)), 1.0)
-    assert told == {"shape": [90, 200], "outlined": True}
+    flat, lesion = np.zeros((16, 32)), np.zeros((16, 32), bool)
+    lesion[4:8, 4:8] = True
+    both = [Layers(flat, flat[::2, ::2], flat, mask, (90, 200)) for mask in (np.zeros_like(lesion), lesion)]
+    for index, layers in enumerate(both):
+        save_layers(tmp_path, index, layers, 1.0)
+    assert [layers.told() for layers in both] == [{"shape": [90, 200], "outlined": each} for each in (False, True)]
     names = {path.name for path in tmp_path.iterdir()}
     usual = {"original.png", "normal.png", "map.png", "thumb.jpg"}
     assert names == {f"{index:03d}_{name}" for index in range(2) for name in usual} | {"001_outline.svg"}

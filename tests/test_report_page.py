@@ -55,7 +55,8 @@ def folder(tmp_path_factory):
         name, remark = (NASTY if index == 2 else None), ("unlike the normals" if index == 4 else "")
         known = entry(index, score, label, kind, remark, name)
         layers = Layers(original, normal, lesion.astype(float), lesion if label == 1 else None, size)
-        entries.append(known | {"report": save_layers(folder / FOLDER, index, layers, end=1.0)})
+        save_layers(folder / FOLDER, index, layers, end=1.0)
+        entries.append(known | {"report": layers.told()})
     write_report(folder, found_of(entries))
     return folder
 
