@@ -6,7 +6,7 @@ all; with method "reader" the reader's logit is. Each validation normal is score
 a new normal would be.
 
 calibration = calibrate(model, images, config)          images (N, H, W) of validation normals
-calibration.save(folder); Calibration.load(folder, "statistical")
+calibration.save(folder); Calibration.load(folder, "statistical").to(model.device)
 
 Views are (B, V, H, W), features (B, F, H, W) with F = V times the number of blurs.
 """
@@ -71,6 +71,11 @@ class Calibration:
         if not np.isfinite(scores).all():  # NaN would lie above no threshold and pass for normal
             raise UsageError("a score is not a number: a network has diverged, look at the curves of phases 1 and 3")
         return scores
+
+    def to(self, device: torch.device | str) -> "Calibration":
+        """The same where a model computes: nothing of it travels with a batch. The reader lies there already."""
+        parts = {name: getattr(self, name) for name in ("statistics", "beside_statistics", "fusion")}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def score_threshold(self, image_fpr: float) -> float:
         """The score that at most this share of the validation normals exceeds."""
@@ -251,7 +256,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         score_fusion, scores = ScoreFusion.of(scores, weights), left_out_scores(scores, weights)
     colour = threshold_from_normals(maps, 1 - COLOUR_QUANTILE)
     scale = {"residual": survey.l1, "l1": survey.l1, "gradient": survey.gradient, "anomaly_map": colour}
-    return Calibration(
+    known = Calibration(
         method=method,
         belongs_to=shaping(model, config, reader),
         scores=scores,
@@ -267,6 +272,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         beside_statistics=beside_statistics,
         typical=Typical.of(survey.latents) if len(images) >= FEW_NORMALS else None,
     )
+    return known.to(model.device)
 
 
 def refuse_too_few(count: int, method: str) -> None:

@@ -103,7 +103,7 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
             f"calibration read from {folder}: {len(known.scores)} validation normals, whatever data.root holds now "
             "(remove the folder to renew it)"
         )
-        return known
+        return known.to(model.device)
     if known is not None:
         print(f"the calibration in {folder} belongs to other checkpoints or settings: made anew")
     with hold(folder, "calibration"):
@@ -126,7 +126,7 @@ def ready_calibration(model: Normalizer, config: Config) -> Calibration:
             f"{folder} has no calibration of these checkpoints and settings, and all shards share one: run python "
             "inference.py with the same flags and --inference.shard calibrate first"
         )
-    return known
+    return known.to(model.device)
 
 
 def refuse_to_lose_the_backbone(stored: dict, config: Config, folder: Path) -> None:

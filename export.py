@@ -194,7 +194,7 @@ def kept_calibration(model: Normalizer, config: Config) -> Calibration:
     known = Calibration.load(folder, method, reader)
     if known is None or known.belongs_to != shaping(model, config, reader):
         raise missing
-    return known
+    return known.to(model.device)
 
 
 def metrics_of(calibration: Calibration, config: Config) -> dict | None:

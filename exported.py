@@ -234,7 +234,7 @@ def _rebuilt(folder: Path, content: dict, device: torch.device) -> Normalizer:
         raise ValueError("file_sizes are not two pairs of numbers")
     if calibration.belongs_to != shaping(model, config, reader):
         raise UsageError(f"{folder} mixes parts of several normalizers: {REMEDY}")
-    model.judge = Judge(model, calibration, config)
+    model.judge = Judge(model, calibration.to(device), config)
     return model
 
 

@@ -35,9 +35,12 @@ class Fusion:
 
         P is the probability under the mix of pixels the regression was fitted to, not a prevalence.
         """
-        weights = self.weights.to(deviations.device)
-        logit = torch.einsum("bfhw,f->bhw", evidence(deviations, self.largest), weights) + self.bias
+        logit = torch.einsum("bfhw,f->bhw", evidence(deviations, self.largest), self.weights) + self.bias
         return F.softplus(logit).unsqueeze(1)
+
+    def to(self, device: torch.device | str) -> "Fusion":
+        """The same on another device."""
+        return Fusion(self.weights.to(device), self.bias, self.largest)
 
 
 class PixelSample:

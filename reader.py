@@ -50,8 +50,7 @@ class FeatureStatistics:
 
     def to(self, device: torch.device | str) -> "FeatureStatistics":
         """The same on another device."""
-        places = PixelStatistics(self.places.mean.to(device), self.places.std.to(device))
-        return FeatureStatistics(self.centre.to(device), self.scale.to(device), places)
+        return FeatureStatistics(self.centre.to(device), self.scale.to(device), self.places.to(device))
 
 
 def mirrored(crop: Crop) -> Crop:

@@ -17,8 +17,12 @@ class PixelStatistics:
     std: Tensor
 
     def standardize(self, values: Tensor) -> Tensor:
-        """Features (B, F, H, W) in standard deviations of normals."""
-        return (values - self.mean.to(values.device)) / self.std.to(values.device)
+        """Features (B, F, H, W) in standard deviations of normals, on the device where these lie."""
+        return (values - self.mean) / self.std
+
+    def to(self, device: torch.device | str) -> "PixelStatistics":
+        """The same on another device."""
+        return PixelStatistics(self.mean.to(device), self.std.to(device))
 
 
 def pixel_statistics(

@@ -258,8 +258,8 @@ def made_up_calibration(model: Normalizer, config: Config, x: Tensor) -> Calibra
     if method == "statistical":
         shape = features(stacked_views(seen, config.calibration, config.inference), config.calibration.blurs).shape
         weights = torch.full((2 * shape[1],), 1 / shape[1])
-        fusion = Fusion(weights, 0.0, config.calibration.largest_deviation)
-        return Calibration(**common, statistics=nothing_unusual(shape, "cpu"), fusion=fusion)
+        fusion = Fusion(weights, 0.0, config.calibration.largest_deviation).to(model.device)
+        return Calibration(**common, statistics=nothing_unusual(shape, model.device), fusion=fusion)
     extractor = FeatureExtractor(config.reader, model.device)
     maps = extractor(seen)
     ones = [torch.ones(1, part.shape[1], 1, 1, device=model.device) for part in maps]
@@ -272,10 +272,10 @@ def made_up_calibration(model: Normalizer, config: Config, x: Tensor) -> Calibra
     weights = (1.0, config.reader.plain_weight, config.reader.residual_weight)
     return Calibration(
         **common,
-        statistics=nothing_unusual(x.shape, "cpu"),
+        statistics=nothing_unusual(x.shape, model.device),
         reader=Reader(network, statistics, extractor, {}, tuned),
         score_fusion=ScoreFusion((0.0,) * 3, (1.0,) * 3, weights),
-        beside_statistics=nothing_unusual((1, 2, *seen.x.shape[2:]), "cpu"),
+        beside_statistics=nothing_unusual((1, 2, *seen.x.shape[2:]), model.device),
     )
 
 

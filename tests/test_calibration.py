@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calibration import FORMAT, Calibration, calibrate, shaping
 from checks import UsageError
@@ -177,6 +179,31 @@ def test_a_saved_calibration_gives_the_same_maps(made, tmp_path):
     torch.testing.assert_close(again.anomaly_map(seen, config), known.anomaly_map(seen, config))
     assert (again.belongs_to, again.view_names, again.scale) == (known.belongs_to, known.view_names, known.scale)
     np.testing.assert_array_equal(again.scores, known.scores)
+
+
+class Transfers(TorchDispatchMode):
+    """Counts tensors that are copied to a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default and "device" in (kwargs or {})
+        return function(*args, **kwargs or {})
+
+
+def test_what_normals_say_lies_where_the_model_computes_and_does_not_travel_with_each_batch(made, monkeypatch):
+    """On a device that has shapes and no numbers, and takes no part in a sum with tensors of another."""
+    config, _, known = made
+    monkeypatch.setattr(torch, "autocast", lambda *given, **how: nullcontext())  # it knows no such device
+    model, known = tiny_normalizer(config.inference), known.to("meta")
+    assert model.vae.to("meta") and model.network.to("meta")
+    seen = model.examine(torch.zeros(2, 1, 64, 64))
+    known.anomaly_map(seen, config)  # G is asked once, with noise that the host draws
+    with Transfers() as transfers:
+        shown = known.anomaly_map(seen, config)
+    assert shown.device.type == "meta" and shown.shape == (2, 1, 64, 64) and transfers.count == 0
 
 
 def test_the_batch_size_changes_no_map(made):
