@@ -29,7 +29,7 @@ SETTINGS = f"""
     --flowdiff.identity-warmup-start 3 --flowdiff.identity-warmup-end 6
     --flowdiff.validate-every 4 --flowdiff.sample-every 4 --flowdiff.batch-size 4
     --unet.channels 16 32 --unet.attention False True --unet.norm-groups 8 --unet.attention-head-dim 8
-    --inference.method statistical --inference.figures 3 --inference.top-share 0.01
+    --inference.method statistical --inference.figures 3 --inference.top-share 0.01 --calibration.corrupted 16
 """.split()
 
 
