@@ -198,10 +198,11 @@ def examine(
     scale, threshold = ColourScale(**calibration.scale), calibration.score_threshold(settings.image_fpr)
     if rows.start == 0 and not any(members.prints for members in model.members):
         warn("these checkpoints are of an earlier version: copies of radiographs that trained are not remarked on")
-    if done:
-        print(f"continuing after {done} of {len(rows)} images (--runtime.resume False examines anew)")
     begun, total = rows.start + done, len(rows)
     goes_on = f"of {total} images{'' if total == len(records) else ' of this shard'}"
+    if done:
+        print(f"continuing after {done} of {total} images (--runtime.resume False examines anew)")
+        remember(f"the same command goes on after {done} {goes_on}")
     objects = Archive(fresh, calibration, config, records[:begun]) if settings.dicom else None
     errors: list[ImageReadError] = []
     finest = tuple(calibration.file_sizes[1])
