@@ -65,8 +65,11 @@ def main() -> None:
             "to the split val"
         )
     reader = reader_of(model, config)
-    rows = rehearse(model, reader, normals, config)
-    out = Path(config.inference.output) / "rehearsal.csv"
+    write_table(rehearse(model, reader, normals, config), Path(config.inference.output) / "rehearsal.csv")
+
+
+def write_table(rows: list[list], out: Path) -> None:
+    """As a file, and on the screen."""
     write_csv(out, COLUMNS, rows)
     for row in [COLUMNS, *rows]:
         print("".join(f"{value!s:>22}" for value in row))

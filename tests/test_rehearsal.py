@@ -11,6 +11,7 @@ from pipeline import ROOT, flags_of, sources, table
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import rehearsal
+import tuning
 
 from checks import UsageError
 from config import Config
@@ -96,6 +97,18 @@ def test_a_rehearsal_trains_the_reader_and_writes_its_table(large, examined, mon
     assert [row["family"] for row in rows[-2:]] == ["corruption", "blob"]
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("auroc", "pixel_ap"))
     assert "wrote" in capsys.readouterr().out
+
+
+def test_the_tuned_backbone_is_rehearsed_alone(large, examined, monkeypatch, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["tuning.py", *map(str, flags), "--reader.tuned-steps", "2"])
+    torch.set_num_threads(1)
+    tuning.main()
+    rows = table(Path(tmp_path) / "phase4_inference" / "tuning.csv")
+    assert [row["family"] for row in rows[-2:]] == ["corruption", "blob"]
+    assert not list(tmp_path.rglob("reader.pt"))  # nothing else was trained
 
 
 def test_too_few_normals_are_told_before_anything_is_trained(examined, monkeypatch, tmp_path):
