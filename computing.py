@@ -5,7 +5,7 @@ to the bit what it did before, unless runtime.compile says otherwise. `python be
 measures each.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -50,6 +50,13 @@ def fast_products(device: torch.device) -> None:
     """On a GPU what a training leaves in float32 is multiplied in TF32: of its inputs 10 bits of mantissa are read."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+def busy(device: torch.device) -> Callable[[], bool]:
+    """Asks a GPU whether it still computes what it was given, without waiting for it; a CPU has always done it."""
+    if device.type in WAITED_FOR:
+        return lambda: False
+    return lambda: not torch.cuda.current_stream(device).query()
 
 
 def compiled(network: Network, config: RuntimeConfig, device: torch.device) -> Network:

@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 
 from checks import UsageError
 from command_line import CommandLine, parse_command
-from computing import adamw, compiled, continue_optimizer, fast_products, laid_out, leaves_out
+from computing import adamw, busy, compiled, continue_optimizer, fast_products, laid_out, leaves_out
 from config import Config, FlowDiffTrainingConfig
 from files import (
     RunIdentity,
@@ -143,7 +143,7 @@ def main() -> None:
         guard.check(step, weights)
         save_checkpoint(out / name, "flowdiff", handed_on | {"weights": weights, "scores": scores, "step": step})
 
-    steps, waiting = Steps(), Waiting()
+    steps, waiting = Steps(), Waiting(busy(device))
     progress = bar(loader, desc="phase 3", initial=step, total=total_steps, disable=not main_process)
     meter = Meter()
     model.train()

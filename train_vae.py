@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from augmentation import images_of, on_device, shaping
 from checks import UsageError
 from command_line import CommandLine, parse_command
-from computing import adamw, compiled, continue_optimizer, fast_products, laid_out, leaves_out
+from computing import adamw, busy, compiled, continue_optimizer, fast_products, laid_out, leaves_out
 from config import VAE_DOWNSAMPLING, Config, VAEConfig
 from dataset import RadiographDataset, open_normals
 from files import (
@@ -140,7 +140,7 @@ def main() -> None:
         keep("checkpoint_best.pt", without_notes(scores))
         return scores["loss"]
 
-    waiting = Waiting()
+    waiting = Waiting(busy(device))
     if main_process and step == 0:
         best = validated(best)
 

@@ -2,15 +2,17 @@
 
     waiting = Waiting()
     for batch in waiting.of(loader):    again for every other loop of the phase, within this one too
-        ...                             ends with a number fetched from the device
+        ...
     print(waiting.told())
 
-Every loop here fetches something from the device before it asks for the next batch (a gradient's norm, latents,
-scores), so that the device has nothing left to do while the host waits: the host's clock is enough.
+A loop that fetches something from the device before it asks for the next batch (latents, scores, on a CPU a gradient's
+norm) leaves it nothing to do meanwhile: the host's clock is enough. A training on a GPU fetches nothing, and the GPU
+may still be at earlier steps when a batch comes (computing.busy): then it did not wait. One that ended them in between
+is taken to have waited all that while: the share is the most that it can have been.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 Batch = TypeVar("Batch")
@@ -18,10 +20,13 @@ END = object()
 
 
 class Waiting:
-    """Seconds in which a batch was asked for and had not come, and seconds of the loops as a whole."""
+    """Seconds in which a batch was asked for and had not come, and seconds of the loops as a whole.
 
-    def __init__(self):
-        self.seconds = 0.0
+    Those in which a device was `busy` to the end are none that it waited.
+    """
+
+    def __init__(self, busy: Callable[[], bool] = lambda: False):
+        self.busy, self.seconds = busy, 0.0
         self._past, self._began, self._loops = 0.0, 0.0, 0
 
     def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -35,7 +40,8 @@ class Waiting:
                 asked = time.perf_counter()
                 source = iter(batches) if source is None else source  # a loader starts its processes here
                 batch = next(source, END)
-                self.seconds += time.perf_counter() - asked
+                if not self.busy():
+                    self.seconds += time.perf_counter() - asked
                 if batch is END:
                     return
                 yield batch

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import types
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_manifest import write_images
 from torch.utils.data import DataLoader
 
 import waiting as waiting_module
+from computing import busy
 from config import DataConfig
 from dataset import open_datasets
 from interruption import Interrupted, Steps
@@ -122,3 +124,16 @@ def test_batches_of_a_validation_are_waited_for_too(script, call, monkeypatch):
     assert call(script).code == 0
     assert len([batches for batches in loops if not isinstance(batches, DataLoader)]) == 1  # the training's, on a bar
     assert any(isinstance(batches, DataLoader) for batches in loops)
+
+
+def test_a_device_that_is_busy_when_the_batch_comes_has_not_waited(clock):
+    at_work = iter([False, True, True, False, True])
+    waiting = Waiting(busy=lambda: next(at_work))
+    assert len(list(waiting.of(reader(clock, 3)))) == 4
+    assert waiting.seconds == 6 and waiting.whole == 12  # the first batch, and the one that it ran out of work for
+
+
+def test_a_gpu_is_busy_while_its_stream_has_something_left(monkeypatch):
+    left = types.SimpleNamespace(query=lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: left)
+    assert busy(torch.device("cuda"))() and not busy(torch.device("cpu"))()
