@@ -82,12 +82,12 @@ def train_reader(
     )
     save_sheet(images, config, folder / SHEET)
     run = identity | {"precision": training_precision(config.runtime, model.device.type == "cpu")}
-    made_with = {name: value for name, value in run.items() if name not in LEARNING}
-    made_with["read_in"] = config.inference.precision
+    read = run | {"read_in": config.inference.precision}  # the image is not, which is all that the tuned backbone sees
+    made_with = {name: value for name, value in read.items() if name not in LEARNING}
     pool = make_pool(model, extractor, images, config, made_with, folder / POOL)  # first: it may refuse
     tuned = fit_tuned(images, config, run, folder / TUNED_LAST, model.device) if settings.tuned_steps else None
     statistics = pool.statistics(config)
-    network = fit_network(pool, statistics, config, run, folder / LAST, model.device)
+    network = fit_network(pool, statistics, config, read, folder / LAST, model.device)
     on_device = [part.to(model.device) for part in statistics]
     reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, identity, tuned)
     reader.save(folder / READER)

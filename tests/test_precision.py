@@ -58,3 +58,13 @@ def test_normals_calibrate_the_precision_that_they_were_seen_in():
     model = tiny_normalizer(config.inference)
     assert shaping(model, config) != shaping(model, in_bf16)
     assert "precision" not in shaping(model, config)  # calibrations of float32 never said so
+
+
+def test_networks_that_learnt_on_features_of_one_precision_do_not_go_on_with_those_of_another(tmp_path, monkeypatch):
+    kept = []
+    for settings in (InferenceConfig(solver="one_step"), IN_BF16):
+        config = dataclasses.replace(config_for(), inference=settings)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr("reader_training.fit_network", lambda *given: kept.append(given[3]) or 1 / 0)
+            train_reader(tiny_normalizer(settings), normals(), "pictures", config, tmp_path)
+    assert kept[0] != kept[1]  # by this a training knows whether what it left is its own
