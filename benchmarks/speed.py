@@ -16,8 +16,9 @@
 Networks are untrained, or what --vae.pretrained names. A part measures first what the device can do at most, in a
 product of matrices in each precision and in a copy; `share` is what a step computes of that (torch's count of products,
 convolutions and attention). `waits` is the share of a step in which the device has nothing to do: on a GPU no kernel
-runs, on a CPU the batch is not there. Memory is that of a GPU, or of the whole process at its peak. What is set side by
-side takes turns in one run; ratios are of medians, by the clock and of processor time, which other jobs disturb less.
+runs, on a CPU the batch is not there (phases 2 and 4 are timed on one batch in memory: `-`). Memory is that of a GPU,
+or of the whole process at its peak. What is set side by side takes turns in one run; ratios are of medians, by the
+clock and of processor time, which other jobs disturb less.
 """
 
 import argparse

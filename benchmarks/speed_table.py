@@ -48,6 +48,11 @@ def said(value: float | None, digits: int = 3) -> str:
     return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:.{digits}g}"
 
 
+def waits(share: float | None) -> str:
+    """A share of a step, or that it was not measured."""
+    return "-" if share is None else f"{share:.0%}"
+
+
 def steps(parts: list[Part]) -> str:
     """A line per part, size and batch."""
     titles = ["part", "preset", "size", "device", "batch", "images/s", "ms a step", "of the processor", "share"]
@@ -58,7 +63,7 @@ def steps(parts: list[Part]) -> str:
             cells = ["does not fit"] + ["-"] * 6
             if row["fits"]:
                 cells = [said(row["images_per_s"]), said(row["step_ms"]), said(row["core_ms"]), f"{row['share']:.0%}"]
-                cells += [row["precision"], f"{row['idle']:.0%}", said(row["peak_mib"])]
+                cells += [row["precision"], waits(row["idle"]), said(row["peak_mib"])]
             lines.append([*where(part), str(row["batch"]), *cells])
     return markdown(titles, lines)
 

@@ -1,7 +1,8 @@
 """What speed.py times: the steps of the four phases as their scripts take them, and what they are compared with.
 
 Networks are untrained and images are noise: neither changes the time. Of the host's work reading files, drawing figures
-and writing results are left out; augmentation and the way to the device are in.
+and writing results are left out; the way to the device is in, and so is augmentation in phase 1. In phase 2, where it
+is left out, most images are augmented, too: the part augmentation says what that takes.
 """
 
 import time

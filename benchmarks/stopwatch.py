@@ -125,10 +125,13 @@ def flops_of(work: Work) -> int:
     return counter.get_total_flops()
 
 
-def idle_share(work: Work, device: torch.device, step_ms: float) -> float:
-    """The share of a step's time in which the device does nothing: a GPU no kernel, a CPU until the batch is there."""
+def idle_share(work: Work, device: torch.device, step_ms: float) -> float | None:
+    """The share of a step's time in which the device does nothing: a GPU no kernel, a CPU until the batch is there.
+
+    None on a CPU where the batch is there from the beginning: nobody waits for what is not read.
+    """
     if device.type == "cpu":
-        return statistics.median(work.waited) * 1e3 / step_ms if work.waited else 0.0
+        return statistics.median(work.waited) * 1e3 / step_ms if work.waited else None
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         for _ in range(FEWEST):
             work.step()

@@ -113,6 +113,11 @@ def test_a_cpu_waits_for_its_batches(clock):
     assert stopwatch.idle_share(work, CPU, step_ms=40) == pytest.approx(0.25)
 
 
+def test_of_a_batch_that_is_there_from_the_beginning_no_waiting_is_told():
+    idle = stopwatch.idle_share(stopwatch.Work(lambda: None, 1), CPU, step_ms=40)
+    assert idle is None and speed_table.waits(idle) == "-" and speed_table.waits(0.004) == "0%"
+
+
 @pytest.mark.skipif(not stopwatch.FORGET.exists(), reason="Linux alone forgets a peak")
 def test_a_peak_is_of_what_came_after_it_was_forgotten():
     np.ones(2**25)  # 256 MiB
