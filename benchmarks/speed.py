@@ -44,12 +44,13 @@ from checks import UsageError
 from command_line import field_of
 from files import write_atomically, write_json
 from interruption import remember
-from runtime import run_script
+from runtime import reading_precision, run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 OWN_FLAGS = ("data.height", "data.width", "vae.batch_size", "flowdiff.batch_size", "latent.batch_size", "outputs")
 OWN_FLAGS += ("inference.batch_size", "inference.method")
 FITTED = ("phase1", "phase3")
+READS = ("phase4-plain", "phase4-statistical", "phase4-reader", "examinations")
 
 
 def main() -> None:
@@ -105,11 +106,12 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[s
 def run_part(part: str, size: int, here: Here) -> None:
     """One part: measured and kept, or taken as it is where it was kept before."""
     options = here.options
-    label, asked = label_of(here.flags), {"flags": [Path(word).name if "/" in word else word for word in here.flags]}
+    label, asked = label_of(here.flags), asked_for(part, size, here)
     path = options.results / f"{part}-{size}-{here.device.type}-{label.replace(', ', '-')}.json"
     if path.is_file() and not options.anew:
         if speed_table.read_part(path)["asked"] != asked:
-            raise UsageError(f"{path.name} is of other flags: add --anew, or choose another --results")
+            other = "of other flags, or read in another precision"
+            raise UsageError(f"{path.name} is {other}: add --anew, or choose another --results")
         print(f"{part} at {size}: there already ({path.name}; --anew measures it again)")
         return
     options.results.mkdir(parents=True, exist_ok=True)
@@ -127,6 +129,13 @@ def run_part(part: str, size: int, here: Here) -> None:
     if part.startswith("profile"):
         text = f"{part} at {size}, {said['hardware']}, {label} preset, commit {said['commit']}\n\n{rows[0]['text']}\n"
         write_atomically(path.with_suffix(".txt"), lambda beside: beside.write_text(text))
+
+
+def asked_for(part: str, size: int, here: Here) -> dict:
+    """What makes a part that is kept the one that is asked for: flags, and what a preset may change of phase 4."""
+    asked = {"flags": [Path(word).name if "/" in word else word for word in here.flags]}
+    precision = reading_precision(here.config(size, 1).inference, here.device)
+    return asked | {"reads_in": precision} if part in READS and precision != "float32" else asked
 
 
 def label_of(flags: list[str]) -> str:

@@ -293,6 +293,14 @@ def test_the_flags_of_every_row_are_understood(row):
     assert row == "reader" or config != parse_command("", ["--preset", "cpu"]).config
 
 
+@pytest.mark.parametrize(("multiplies", "told"), [(True, "bf16"), (False, None)])
+def test_a_part_says_if_phase_4_did_not_read_in_float32(multiplies, told, phantoms, monkeypatch):
+    monkeypatch.setattr("runtime.multiplies_bf16", lambda on_cpu: multiplies)
+    options = SimpleNamespace(data=Path(phantoms.root), networks=None)
+    assert detection.asked_for("plain", options, ["--preset", "cpu"]).get("reads_in") == told
+    assert "reads_in" not in detection.asked_for("denoising", options, ["--preset", "cpu"])
+
+
 def test_every_row_can_be_asked_for_by_its_name(monkeypatch):
     rows = [*detection.OURS, *detection.PEERS]
     monkeypatch.setattr(sys, "argv", ["detection.py", "--data", "data", "--rows", ",".join(rows)])

@@ -222,11 +222,20 @@ def test_a_part_says_what_it_found_and_where_and_is_not_measured_again(run, tmp_
     assert not (tmp_path / "synthetic/synthetic_latents").exists()
     monkeypatch.setitem(speed.PARTS, "phase3", lambda *given: pytest.fail("measured again"))
     assert "there already" in run("--parts", "phase3")
-    with pytest.raises(UsageError, match="is of other flags: add --anew"):
+    with pytest.raises(UsageError, match="is of other flags, or read in another precision: add --anew"):
         run("--parts", "phase3", flags=[*TINY, "--runtime.seed", "1"])
     monkeypatch.setitem(speed.PARTS, "phase3", lambda *given: [])
     run("--parts", "phase3", "--anew")
     assert kept(tmp_path, "phase3")["rows"] == []
+
+
+def test_a_part_of_phase_4_that_read_in_another_precision_is_not_taken_for_this_one(run, monkeypatch):
+    monkeypatch.setitem(speed.PARTS, "phase4-plain", lambda *given: [])
+    monkeypatch.setattr("runtime.multiplies_bf16", lambda on_cpu: False)
+    run("--parts", "phase4-plain", flags=[*TINY, "--inference.precision", "auto"])
+    monkeypatch.setattr("runtime.multiplies_bf16", lambda on_cpu: True)  # another machine, or another preset
+    with pytest.raises(UsageError, match="read in another precision: add --anew"):
+        run("--parts", "phase4-plain", flags=[*TINY, "--inference.precision", "auto"])
 
 
 def test_the_largest_batch_and_the_fastest_are_told(run, tmp_path, monkeypatch):
