@@ -21,7 +21,7 @@ from normalizer import Normalizer
 from radiographs.manifest import Record, describe_patients, list_records, split_records
 from reader import Reader, stored_reader
 from reader_training import READER, RECIPE, reader_identity, train_reader
-from runtime import reading_precision, start
+from runtime import reading_precision, start, without
 from scratch import nameless_array
 from survey import magnification_of
 
@@ -121,12 +121,24 @@ def ready_calibration(model: Normalizer, config: Config) -> Calibration:
         stored = stored_reader(path)
         reader = rebuilt(stored, model, config) if is_reader_of(stored, model, config) else None
     known = Calibration.load(folder, method, reader) if method != "reader" or reader else None
-    if known is None or known.belongs_to != shaping(model, config, reader):
+    wanted = shaping(model, config, reader)
+    if known is None or known.belongs_to != wanted:
+        refuse_another_precision(known.belongs_to if known else {}, wanted, folder)
         raise UsageError(
             f"{folder} has no calibration of these checkpoints and settings, and all shards share one: run python "
             "inference.py with the same flags and --inference.shard calibrate first"
         )
     return known.to(model.device)
+
+
+def refuse_another_precision(found: dict, wanted: dict, folder: Path) -> None:
+    """UsageError if nothing but inference.precision differs, which auto leaves to each machine."""
+    if without(found, "precision") == without(wanted, "precision"):
+        made, now = (known.get("precision", "float32") for known in (found, wanted))
+        raise UsageError(
+            f"{folder} was made in {made}, and here phase 4 reads in {now}: add --inference.precision {made} to the "
+            "flags, which is then the same on all machines"
+        )
 
 
 def refuse_to_lose_the_backbone(stored: dict, config: Config, folder: Path) -> None:

@@ -36,7 +36,7 @@ from calibration import Calibration, shaping
 from checks import UsageError
 from command_line import parse_command
 from config import Config
-from examination import kept_reader, open_normalizer
+from examination import kept_reader, open_normalizer, refuse_another_precision
 from exported import CONTENTS, load, read_contents, seal, write_weights
 from files import sha256, write_atomically
 from normalizer import Normalizer
@@ -192,7 +192,9 @@ def kept_calibration(model: Normalizer, config: Config) -> Calibration:
     if method == "reader" and reader is None:
         raise missing
     known = Calibration.load(folder, method, reader)
-    if known is None or known.belongs_to != shaping(model, config, reader):
+    wanted = shaping(model, config, reader)
+    if known is None or known.belongs_to != wanted:
+        refuse_another_precision(known.belongs_to if known else {}, wanted, folder)
         raise missing
     return known.to(model.device)
 

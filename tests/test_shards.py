@@ -271,6 +271,8 @@ def test_shards_share_a_calibration_and_say_which_command_makes_it(call, tmp_pat
     assert call("inference", *flags, "--inference.shard", "calibrate").code == 0
     assert not (tmp_path / "phase4_inference").exists()
     assert call("inference", *flags, "--inference.shard", "1/2").code == 0
+    other = call("inference", *flags, "--inference.shard", "1/2", "--inference.precision", "bf16")
+    assert other.code == 2 and "was made in float32, and here phase 4 reads in bf16: add --inference.pre" in other.error
 
 
 @pytest.mark.parametrize("part", ["0/8", "9/8", "1/0", "8", "1/2/3", "-1/8", "1 / 2", "all"])
