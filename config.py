@@ -257,7 +257,8 @@ class InferenceConfig:
     # a Dice of 2 a / (2 a + pixel_fpr): for a caries (a = 0.0007) 0.58 at 0.001, and 0.03 at 0.05
     pixel_fpr: float = 0.001
     examine_training_patients: bool = False  # True examines also who trained or validated: their scores flatter
-    # of networks that read: bf16 takes half the time on a CPU that multiplies it (auto), and maps differ by rounding
+    # of networks that read: bf16 takes half the time on a CPU that multiplies it, and maps differ by rounding, a little
+    # from one batch size to another, too; auto is what the machine at hand multiplies: name it where several share
     precision: Literal["float32", "bf16", "auto"] = "float32"
     batch_size: int = 8  # images at once
     figures: int = -1  # result_XXX.png for this many images, spread evenly over the kinds; -1 draws all, 0 none

@@ -29,6 +29,7 @@ READER = (
     "--reader.tuned-steps 2"
 )
 METHODS = {"plain": "--inference.method plain --inference.draws 2", "statistical": "", "reader": READER}
+METHODS["plain in bf16"] = "--inference.method plain --inference.precision bf16"
 # each image in a batch of its own, as `examine` has it: convolutions of a larger one add up in another order
 ALONE = ["--inference.figures", 0, "--inference.batch-size", 1]
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
