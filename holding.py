@@ -22,6 +22,7 @@ class Held:
 
     def __init__(self, file: TextIO):
         self.close = weakref.finalize(self, _let_go, file)  # also when nobody has it any more, or the program ends
+        _held.add(self)
 
     def __enter__(self) -> "Held":
         return self
@@ -30,9 +31,25 @@ class Held:
         self.close()
 
 
+_held: "weakref.WeakSet[Held]" = weakref.WeakSet()
+
+
 def _let_go(file: TextIO) -> None:
     file.truncate(0)  # it names no owner any more
     file.close()
+
+
+def _leave_to_the_parent() -> None:
+    """In a process that is forked off, such as one that reads ahead: it outlives a killed parent by some seconds."""
+    for held in list(_held):
+        whole = held.close.detach()
+        if whole:
+            _, _, (file,), _ = whole
+            file.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def hold(folder: Path | str, purpose: str) -> Held:

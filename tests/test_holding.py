@@ -1,6 +1,7 @@
 """One writer at a time, and nothing left of those that were killed."""
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -30,6 +31,19 @@ def test_a_holder_that_was_killed_holds_no_more(tmp_path):
             hold(tmp_path, "results")
         other.kill()
     hold(tmp_path, "results").close()
+
+
+def test_a_process_that_was_forked_off_holds_nothing(tmp_path):
+    held, (ours, theirs) = hold(tmp_path, "results"), multiprocessing.Pipe()
+    child = multiprocessing.get_context("fork").Process(target=lambda: (theirs.send("begun"), theirs.recv()))
+    child.start()
+    assert ours.recv() == "begun"
+    with pytest.raises(UsageError, match="another run is writing"):
+        hold(tmp_path, "results")
+    held.close()  # as when it is killed: the system closes its file
+    hold(tmp_path, "results").close()
+    ours.send("end")
+    child.join()
 
 
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch):
