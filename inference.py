@@ -72,7 +72,14 @@ from radiographs.manifest import Record
 from radiographs.reading import ImageReadError
 from reporting.figures import ColourScale, save_result
 from reporting.layers import FOLDER, save_layers
-from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
+from results import (
+    Unfinished,
+    finished_entries,
+    identity_of,
+    refuse_to_replace,
+    refuse_to_write_among,
+    remove_what_was_published,
+)
 from runtime import run_script
 from shards import PURPOSE, Shard, Team, remove_shards
 from showing import layers_of, panels_of, title_of
@@ -120,6 +127,8 @@ def main() -> None:
     errors = same_errors(entries or [], records, config)
     if team.leads and entries is not None and errors is not None:
         print(f"{out} holds these results already (--runtime.resume False examines anew)")
+        if held:
+            remove_what_was_published(out, identity)
         report_skipped(errors, len(records), skipped)
         refuse_too_many_bad(len(errors), len(records), config.data, skipped, emptied=len(errors) == len(records))
         end_together(team, whole, asked)
@@ -230,13 +239,13 @@ def examine(
                 row += [int(score > threshold), "" if record.label is None else record.label, record.kind]
                 remarks = remarks_on(sample, model, calibration, config) | {"foreign": foreign[position]}
                 row.append("; ".join(told for name, told in REMARKS.items() if remarks[name]))
-                entry = {"index": index, "row": row, "score": score, **remarks, "figure": figure}
+                kept = f"maps/{index:03d}.npy" if settings.save_maps else ""
+                entry = {"index": index, "row": row, "score": score, **remarks, "figure": figure, "map": kept}
                 unfinished.entries.append(entry)
                 if record.label is not None:
                     writing.keep(unfinished.keep, index, anomaly_map, sample.mask)
-                if settings.save_maps:
-                    path = fresh / "maps" / f"{index:03d}.npy"
-                    writing.keep(save_map, path, anomaly_map, sample.original_shape, config)
+                if kept:
+                    writing.keep(save_map, fresh / kept, anomaly_map, sample.original_shape, config)
                 if objects:
                     entry["objects"] = objects.write(index, record, anomaly_map, sample.original_shape)
                 if settings.report:

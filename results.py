@@ -13,7 +13,7 @@ import numpy as np
 from checks import UsageError
 from files import sha256, unsealed, write_atomically, write_binary, write_sealed_json
 from radiographs.manifest import Record
-from reporting.layers import PATTERNS
+from reporting.layers import PATTERNS, pictures_of
 from reporting.report import REPORT
 
 UNFINISHED = ".unfinished_phase4"  # where results lie until all of them are there
@@ -102,6 +102,13 @@ def _is_there(path: Path, size: int) -> bool:
     return state is not None and state[0] == size
 
 
+def remove_what_was_published(out: Path, identity: str) -> None:
+    """What a run that was killed at its very end left beside the results; what goes on to another result stays."""
+    folder = out / UNFINISHED
+    if not (folder / NOTE).is_file() or _note_of(folder, identity) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def left_by(out: Path, identity: str) -> dict | None:
     """What an unfinished examination of this identity noted last, if all its files are there: entries, done, files."""
     note = _note_of(out / UNFINISHED, identity)
@@ -172,10 +179,19 @@ class Unfinished:
         self.entries += note["entries"]
 
     def save(self, done: int) -> None:
-        """Of the first `done` records everything is written: from here a killed examination goes on."""
-        self.done = done
+        """Of the first `done` records everything is written: from here a killed examination goes on.
+
+        UsageError if something that was written is there no more.
+        """
+        self.done, sizes = done, self._sizes() | self.moved
+        lost = sorted(name for entry in self.entries for name in _files_of(entry) if name not in sizes)
+        if lost:
+            raise UsageError(
+                f"{self.folder / lost[0]} was removed while it was needed ({len(lost)} files in all): give the same "
+                "command again, images are examined anew"
+            )
         note = {"identity": self.identity, "done": done, "entries": self.entries, "moved": self.moved}
-        write_sealed_json(self.folder / NOTE, note | {"files": self._sizes() | self.moved})
+        write_sealed_json(self.folder / NOTE, note | {"files": sizes})
 
     def publish(self) -> None:
         """Put the new results in place, file by file, then remove what an earlier examination left.
@@ -205,6 +221,12 @@ class Unfinished:
         note = {"identity": self.identity, "files": self.moved, "tables": tables, "entries": entries}
         write_sealed_json(self.out / NOTE, note)
         shutil.rmtree(self.folder)
+
+
+def _files_of(entry: dict) -> list[str]:
+    """What was written of one record, beside the tables."""
+    pictures = pictures_of(entry["index"], entry["report"]["outlined"]) if "report" in entry else []
+    return [*(name for name in (entry.get("figure"), entry.get("map")) if name), *pictures]
 
 
 def _note_of(folder: Path, identity: str) -> dict | None:

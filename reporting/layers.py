@@ -49,6 +49,12 @@ class Layers:
         return {"shape": [int(side) for side in self.shape], "outlined": self.outlined}
 
 
+def pictures_of(index: int, outlined: bool) -> list[str]:
+    """The names of what `save_layers` writes of an image, below the folder of the report."""
+    patterns = (pattern for pattern in PATTERNS if outlined or not pattern.endswith("_outline.svg"))
+    return [pattern.replace("*", f"{index:03d}") for pattern in patterns]
+
+
 def save_layers(folder: Path, index: int, layers: Layers, end: float) -> None:
     """Write the pictures of image `index` into a folder.
 

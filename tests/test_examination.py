@@ -26,11 +26,20 @@ from examination import (
     refuse_known_content,
     refuse_to_lose_the_backbone,
 )
+from files import write_json
 from inference import figures_to_draw
 from radiographs.manifest import Record, list_records, split_records
 from reader_training import RECIPE
 from reporting.lookup import LOOKUP, Pseudonyms
-from results import Unfinished, finished_entries, identity_of, refuse_to_replace, refuse_to_write_among
+from results import (
+    Unfinished,
+    finished_entries,
+    identity_of,
+    left_by,
+    refuse_to_replace,
+    refuse_to_write_among,
+    remove_what_was_published,
+)
 
 
 def write_radiographs(folder, names, size=(24, 32)):
@@ -293,6 +302,37 @@ def test_an_interrupted_examination_that_lost_something_begins_anew(how, tmp_pat
     else:
         (killed.folder / "result_000.png").write_text("")
     assert Unfinished(tmp_path, "an identity", resume=True).done == 0
+
+
+@pytest.mark.parametrize("name", ["result_000.png", "maps/000.npy", "report/000_outline.svg"])
+def test_what_is_removed_while_an_examination_runs_ends_it(name, tmp_path):
+    parts = [f"report/000_{part}" for part in ("original.png", "normal.png", "map.png", "outline.svg", "thumb.jpg")]
+    running = Unfinished(tmp_path, "an identity", resume=True)
+    for part in ("result_000.png", "maps/000.npy", *parts):
+        write_json(running.folder / part, {})
+    running.entries.append({"index": 0, "figure": "result_000.png", "map": "maps/000.npy", "report": {"outlined": 1}})
+    running.save(1)
+    (running.folder / name).unlink()
+    with pytest.raises(UsageError, match=f"{name} was removed .*give the same command again"):
+        running.publish()
+
+
+@pytest.mark.parametrize("left", [("kept/0.npz",), ("examination.json",), ("kept/0.npz", "examination.json")])
+def test_what_a_run_that_was_killed_at_its_very_end_left_is_removed(left, tmp_path):
+    results_of(tmp_path, "an identity", scores_csv="index").publish()
+    killed = Unfinished(tmp_path, "an identity", resume=True)
+    killed.keep(0, np.zeros((4, 4)), None)
+    killed.save(1)
+    for path in {"kept/0.npz", "examination.json"} - set(left):
+        (killed.folder / path).unlink()
+    remove_what_was_published(tmp_path, "an identity")
+    assert not killed.folder.exists() and listed(tmp_path) == ["examination.json", "scores.csv"]
+
+
+def test_an_examination_that_goes_on_to_other_results_is_left_to_them(tmp_path):
+    Unfinished(tmp_path, "another", resume=True).save(0)
+    remove_what_was_published(tmp_path, "an identity")
+    assert left_by(tmp_path, "another") is not None
 
 
 def test_a_kept_map_that_rotted_is_refused_with_the_remedy(tmp_path):
