@@ -8,6 +8,7 @@ signal's number. A signal that the caller had ignored (nohup) stays ignored.
 
 import os
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -62,9 +63,20 @@ _memory = {"words": NOTHING_YET, "running": False}
 
 def begin() -> None:
     """From now on signals end the run as this module says. In the main thread, once."""
+    _stand_in_for_closed_streams()
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _on_signal)
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Where a caller closed stdin, stdout or stderr, no file of ours is to get that number, and words go to nobody."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def running() -> None:

@@ -50,6 +50,14 @@ def wait_for(path, process):
     assert path.exists(), process.communicate()[1]
 
 
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "2>&-"])
+def test_a_run_whose_caller_closed_its_streams_does_its_work(closed, tmp_path):
+    lines = "import interruption; interruption.begin(); from progress import bar; list(bar([1]))"
+    lines += f"; file = open({str(tmp_path / 'number')!r}, 'w'); file.write(str(file.fileno()))"
+    run = subprocess.run(["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", lines], cwd=ROOT)
+    assert run.returncode == 0 and int((tmp_path / "number").read_text()) > 2
+
+
 @pytest.mark.parametrize(
     ("script", "number"),
     [
