@@ -13,12 +13,12 @@
     --results FOLDER      where each finished part is kept as JSON, and the table of all parts as table.md
     FLAGS                 anything else goes to the phases, such as --preset cpu --vae.pretrained MODELS/taesd
 
-Networks are untrained, or what --vae.pretrained names. A part measures first what the device can do at most, in a
-product of matrices in each precision and in a copy; `share` is what a step computes of that (torch's count of products,
-convolutions and attention). `waits` is the share of a step in which the device has nothing to do: on a GPU no kernel
-runs, on a CPU the batch is not there (phases 2 and 4 are timed on one batch in memory: `-`). Memory is that of a GPU,
-or of the whole process at its peak. What is set side by side takes turns in one run; ratios are of medians, by the
-clock and of processor time, which other jobs disturb less.
+Networks are untrained, or what --vae.pretrained names. A part measures before and after what the device can do at most,
+in a product of matrices in each precision and in a copy; `share` is what a step computes of the higher one (torch's
+count of products, convolutions and attention). `waits` is the share of a step in which the device has nothing to do: on
+a GPU no kernel runs, on a CPU the batch is not there (phases 2 and 4 are timed on one batch in memory: `-`). Memory is
+that of a GPU, or of the whole process at its peak. What is set side by side takes turns in one run; ratios are of
+medians, by the clock and of processor time, which other jobs disturb less.
 """
 
 import argparse
@@ -119,6 +119,7 @@ def run_part(part: str, size: int, here: Here) -> None:
     began, here.ceiling = time.monotonic(), ceilings(here.device)
     try:
         rows = PARTS[part](here, size)
+        here.ceiling = higher(rows, here.ceiling, ceilings(here.device))
     finally:
         here.forget()
         shutil.rmtree(here.synthetic, ignore_errors=True)
@@ -129,6 +130,15 @@ def run_part(part: str, size: int, here: Here) -> None:
     if part.startswith("profile"):
         text = f"{part} at {size}, {said['hardware']}, {label} preset, commit {said['commit']}\n\n{rows[0]['text']}\n"
         write_atomically(path.with_suffix(".txt"), lambda beside: beside.write_text(text))
+
+
+def higher(rows: list[dict], before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    """The higher ceiling of each precision, and the rows' shares of it: another job may lower one of the two."""
+    highest = {name: max(before[name], after[name]) for name in before}
+    for row in rows:
+        if "share" in row:
+            row["share"] *= before[row["precision"]] / highest[row["precision"]]
+    return highest
 
 
 def asked_for(part: str, size: int, here: Here) -> dict:

@@ -80,6 +80,13 @@ def test_a_ceiling_is_the_best_time_of_a_product_and_of_a_copy(monkeypatch):
     assert found == {"bf16": product, "float32": product, "copy": copied}
 
 
+def test_a_share_is_of_the_higher_of_two_ceilings():
+    rows = [{"share": 0.8, "precision": "float32"}, {"share": 0.5, "precision": "bf16"}, {"fits": False}]
+    found = speed.higher(rows, {"float32": 1.0, "bf16": 3.0}, {"float32": 2.0, "bf16": 2.5})
+    assert found == {"float32": 2.0, "bf16": 3.0}
+    assert [row.get("share") for row in rows] == [pytest.approx(0.4), 0.5, None]
+
+
 def test_the_best_time_is_the_least(clock):
     durations = iter([9.0, 3.0, 1.0, 2.0])  # the first warms up
     assert stopwatch._best(lambda: passing(clock, next(durations))(), CPU, seconds=0) == 1
