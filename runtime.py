@@ -43,6 +43,9 @@ def run_script(main: Callable[[], None]) -> None:
     except UsageError as error:
         words = str(error).strip().rpartition(f"{UsageError.__module__}.{UsageError.__name__}: ")[2]  # of a data worker
         sys.exit(_one_line_error(words, code=2))
+    except BrokenPipeError:  # such as of `| head -1`
+        words = f"nobody reads what is printed any more: print into a file; {interruption.remembered()}"
+        sys.exit(_one_line_error(words, code=2))
     except OSError as error:  # a full disk, a folder that cannot be written
         if says_full(error):
             words = "the disk is full or over its quota: make room where results go, and give the same command again"

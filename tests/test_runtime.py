@@ -134,6 +134,7 @@ def test_noise_depends_on_every_part_of_its_key_and_on_nothing_else():
         (MemoryError(), 2, "error: the machine has too little memory: lower this"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: the machine has too"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full or over its quota: make room"),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: nobody reads what is printed any more: print into a"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_a_code(error, code, line, capsys):
