@@ -21,8 +21,9 @@ TABLE = (
     ("vae.lr",                        3e-4,                    2e-4),
     ("vae.lr_warmup_steps",           30,                      10),
     ("vae.batch_size",                4,                       4),
-    ("vae.steps",                     450,                     60),
-    ("vae.validate_every",            75,                      30),
+    ("vae.steps",                     900,                     60),
+    ("vae.crop",                      128,                     SAME),  # 450 steps on whole images take twice as long
+    ("vae.validate_every",            150,                     30),
     ("vae.log_every",                 25,                      10),
     ("latent.augmented_copies",       SAME,                    2),
     ("unet.channels",                 (64, 128, 192),          (64, 128, 128)),
