@@ -6,8 +6,7 @@ it had not been.
 """
 
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -28,7 +27,6 @@ from reader import WHOLE, Crop, cropped, positions
 from runtime import autocast, learning_rate, stream_seed
 from tuned_backbone import COARSEST, TunedBackbone
 
-Lesson = tuple[Tensor, Tensor, Tensor]  # crops (B, 1, H, W), positions (B, 2, H, W), changed (B, 1, H, W) in [0, 1]
 CROPS = 2  # of each corrupted image: to corrupt it takes longer than to cut it
 
 
@@ -42,7 +40,8 @@ class Lessons(Dataset):
     def __len__(self) -> int:
         return self.config.reader.tuned_steps
 
-    def __getitem__(self, step: int) -> Lesson:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Crops (B, 1, H, W), positions (B, 2, H, W), changed (B, 1, H, W) in [0, 1]."""
         random = np.random.default_rng(stream_seed(self.config.runtime.seed, "tuned backbone", step))
         crops = []
         while len(crops) < self.config.reader.crops:
@@ -61,24 +60,6 @@ class Lessons(Dataset):
         if random.random() < settings.tuned_unchanged:
             return image, np.zeros(image.shape, bool)
         return corrupt(image, donor, random, settings)
-
-
-def read_ahead(lessons: Lessons, steps: range, workers: int) -> Iterable[Lesson]:
-    """The lessons of these steps, made while others are learnt: by processes, or by a thread where there are none."""
-    if workers and multiprocessing.get_start_method() == "fork":  # else each worker would get a copy of all images
-        how = {"num_workers": workers, "worker_init_fn": interruption.ignore_signals}
-        return DataLoader(lessons, batch_size=None, sampler=steps, **how)
-    return _by_a_thread(lessons, steps)
-
-
-def _by_a_thread(lessons: Lessons, steps: range) -> Iterator[Lesson]:
-    with ThreadPoolExecutor(1) as thread:
-        coming = [thread.submit(lessons.__getitem__, step) for step in steps[:1]]
-        for step in steps:
-            lesson = coming.pop().result()
-            if step + 1 in steps:
-                coming.append(thread.submit(lessons.__getitem__, step + 1))
-            yield lesson
 
 
 def moved(image: np.ndarray, turn: float, stretch: float, random: np.random.Generator) -> np.ndarray:
@@ -126,10 +107,17 @@ def fit_tuned(
     kept = LastStep(last, "tuned backbone", identity, network, optimizer)
     begun = kept.take_up(config.runtime.resume)
     weight, running = torch.tensor(settings.positive_weight, device=device), None
-    lessons = read_ahead(Lessons(images, config), range(begun, total), config.data.num_workers)
+    forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images
+    loader = DataLoader(
+        Lessons(images, config),
+        batch_size=None,
+        sampler=range(begun, total),
+        num_workers=config.data.num_workers if forks else 0,
+        worker_init_fn=interruption.ignore_signals,
+    )
     with bar(total=total, initial=begun, desc="reader: tuning the backbone", unit="step") as progress:
         steps = Steps()
-        for step, (crops, places, changed) in enumerate(steps.of(lessons), begun):
+        for step, (crops, places, changed) in enumerate(steps.of(loader), begun):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, group["highest"], settings.lr_warmup_steps, total)
             optimizer.zero_grad()

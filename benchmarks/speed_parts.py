@@ -199,6 +199,7 @@ def settings(here: Here, size: int) -> list[dict]:
     """Each setting of computing.py one way and the other, and a crop in phase 1, beside what the scripts do here."""
     batch, latents = min(4, here.batches[-1]), here.latents(size)
     config, accelerator = here.config(size, batch), here.accelerator
+    config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, crop=0))
 
     def of(make: Callable[..., Work], *given: object) -> dict[str, Work]:
         def changed(**change: object) -> Work:

@@ -22,7 +22,7 @@ from interruption import Interrupted
 from reader import WHOLE, Reader, positions
 from reader_training import READER, TUNED_LAST, train_reader
 from tuned_backbone import TunedBackbone
-from tuned_training import Lessons, fit_tuned, moved, read_ahead, turned
+from tuned_training import Lessons, fit_tuned, moved, turned
 
 DEVICE = torch.device("cpu")
 
@@ -49,15 +49,6 @@ def test_what_a_step_sees_follows_from_its_number_and_no_two_see_the_same():
     assert all(torch.equal(one, other) for one, other in zip(lessons[3], again[3], strict=True))
     assert not torch.equal(lessons[4][0], crops)
     assert len({lessons[step][0].numpy().tobytes() for step in range(5)}) == 5
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_lessons_made_ahead_are_those_of_the_steps_in_their_order(workers):
-    lessons = Lessons(normals(), tuned_config())
-    ahead = list(read_ahead(lessons, range(2, 5), workers))
-    assert len(ahead) == 3 and list(read_ahead(lessons, range(5, 5), workers)) == []
-    for step, lesson in enumerate(ahead, 2):
-        assert all(torch.equal(one, other) for one, other in zip(lesson, lessons[step], strict=True))
 
 
 def test_a_normal_is_moved_about_its_middle_and_no_further_than_is_said():
