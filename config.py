@@ -107,7 +107,7 @@ class VAEConfig:
     weight_decay: float = 0.01  # AdamW weight decay
     batch_size: int = 8  # images per step and process; lower it on CUDA out of memory
     # train on random squares of this many pixels, a multiple of 8, instead of whole images: cheaper steps, and the
-    # decoder knows the whole from validation alone; 0 takes whole images
+    # decoder knows the whole from validation alone; a shorter side stays whole, and 0 takes whole images
     crop: int = 0
     steps: int = 20_000  # optimizer steps in all
     patience: int = 0  # end after so many validations in a row without a lower loss; 0 takes all steps
@@ -333,7 +333,6 @@ class Config:
             nearest = " or ".join(str(multiple) for multiple in (below, above) if multiple > 0)
             parts = f"VAE {VAE_DOWNSAMPLING} x UNet {self.unet.downsampling}"
             require(size % divisor == 0, f"data.{name} = {size} does not divide by {divisor} ({parts}): use {nearest}")
-            require(self.vae.crop <= size, f"vae.crop = {self.vae.crop} is larger than data.{name} = {size}")
 
 
 def rebuild_phase(phase: type, stored: dict):

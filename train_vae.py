@@ -243,15 +243,16 @@ def gains_no_more(without_gain: int, settings: VAEConfig) -> bool:
 
 
 def random_crops(x: Tensor, config: Config, step: int, accelerator: Accelerator) -> Tensor:
-    """A square of vae.crop pixels of each image (B, 1, H, W), or the whole where that is 0."""
-    side = config.vae.crop
-    if not side:
+    """A square of vae.crop pixels of each image (B, 1, H, W), or the whole where that is 0; a shorter side is whole."""
+    if not config.vae.crop:
         return x
+    height, width = (min(config.vae.crop, length) for length in x.shape[2:])
     random, whole = generator(config.runtime.seed, "crops", step), len(x) * accelerator.num_processes
-    rows, columns = (torch.randint(length - side + 1, (whole,), generator=random) for length in x.shape[2:])
+    rows = torch.randint(x.shape[2] - height + 1, (whole,), generator=random)
+    columns = torch.randint(x.shape[3] - width + 1, (whole,), generator=random)
     corners = zip(own_part(rows, accelerator).tolist(), own_part(columns, accelerator).tolist(), strict=True)
-    squares = [image[:, top : top + side, left : left + side] for image, (top, left) in zip(x, corners, strict=True)]
-    return torch.stack(squares)
+    parts = [image[:, top : top + height, left : left + width] for image, (top, left) in zip(x, corners, strict=True)]
+    return torch.stack(parts)
 
 
 def posterior_noise(

@@ -7,7 +7,7 @@ import torch
 
 import train_vae
 from checks import UsageError
-from config import Config, DataConfig, VAEConfig
+from config import Config, VAEConfig
 from files import load_checkpoint
 from run_log import read_log
 from train_vae import random_crops
@@ -61,9 +61,12 @@ def test_a_crop_that_no_latent_fits_is_refused(crop):
         VAEConfig(crop=crop)
 
 
-def test_a_crop_larger_than_the_image_is_refused():
-    with pytest.raises(UsageError, match="vae.crop = 136 is larger than data.height = 128"):
-        Config(data=DataConfig(height=128), vae=VAEConfig(crop=136))
+def test_a_side_that_is_no_longer_than_the_crop_stays_whole():
+    x = torch.arange(2 * 16 * 48.0).reshape(2, 1, 16, 48)
+    part = random_crops(x, cropping(24), 3, ALONE)
+    left = int(part[0, 0, 0, 0])
+    assert part.shape == (2, 1, 16, 24) and torch.equal(part[0], x[0, :, :, left : left + 24])
+    assert random_crops(x, cropping(64), 3, ALONE).equal(x)
 
 
 def test_phase_1_trains_on_squares_and_validates_whole_images(call, tmp_path, monkeypatch):
