@@ -120,25 +120,35 @@ def ready_calibration(model: Normalizer, config: Config) -> Calibration:
     if method == "reader" and path.is_file():
         stored = stored_reader(path)
         reader = rebuilt(stored, model, config) if is_reader_of(stored, model, config) else None
+    return fitting_calibration(
+        model,
+        config,
+        reader,
+        f"{folder} has no calibration of these checkpoints and settings, and all shards share one: run python "
+        "inference.py with the same flags and --inference.shard calibrate first",
+    )
+
+
+def fitting_calibration(model: Normalizer, config: Config, reader: Reader | None, missing: str) -> Calibration:
+    """What phase 4 left that fits these checkpoints and settings, on the model's device.
+
+    UsageError with the words of `missing` if there is none, and with others if nothing but inference.precision differs,
+    which auto leaves to each machine.
+    """
+    method, folder = config.inference.method, Path(config.inference.calibration)
     known = Calibration.load(folder, method, reader) if method != "reader" or reader else None
-    wanted = shaping(model, config, reader)
-    if known is None or known.belongs_to != wanted:
-        refuse_another_precision(known.belongs_to if known else {}, wanted, folder)
-        raise UsageError(
-            f"{folder} has no calibration of these checkpoints and settings, and all shards share one: run python "
-            "inference.py with the same flags and --inference.shard calibrate first"
-        )
-    return known.to(model.device)
-
-
-def refuse_another_precision(found: dict, wanted: dict, folder: Path) -> None:
-    """UsageError if nothing but inference.precision differs, which auto leaves to each machine."""
+    if known is None:
+        raise UsageError(missing)
+    found, wanted = known.belongs_to, shaping(model, config, reader)
+    if found == wanted:
+        return known.to(model.device)
     if without(found, "precision") == without(wanted, "precision"):
-        made, now = (known.get("precision", "float32") for known in (found, wanted))
+        made, now = (each.get("precision", "float32") for each in (found, wanted))
         raise UsageError(
             f"{folder} was made in {made}, and here phase 4 reads in {now}: add --inference.precision {made} to the "
             "flags, which is then the same on all machines"
         )
+    raise UsageError(missing)
 
 
 def refuse_to_lose_the_backbone(stored: dict, config: Config, folder: Path) -> None:

@@ -32,11 +32,11 @@ from pathlib import Path
 
 import torch
 
-from calibration import Calibration, shaping
+from calibration import Calibration
 from checks import UsageError
 from command_line import parse_command
 from config import Config
-from examination import kept_reader, open_normalizer, refuse_another_precision
+from examination import fitting_calibration, kept_reader, open_normalizer
 from exported import CONTENTS, load, read_contents, seal, write_weights
 from files import sha256, write_atomically
 from normalizer import Normalizer
@@ -184,19 +184,14 @@ def put_in_place(staged: Path, folder: Path) -> None:
 def kept_calibration(model: Normalizer, config: Config) -> Calibration:
     """What phase 4 left for these checkpoints and settings; UsageError if there is none."""
     method, folder = config.inference.method, config.inference.calibration
-    missing = UsageError(
-        f"{folder} has no calibration of method {method} for these checkpoints and settings: run python inference.py "
-        "with the same flags first"
-    )
     reader = kept_reader(model, config) if method == "reader" else None
-    if method == "reader" and reader is None:
-        raise missing
-    known = Calibration.load(folder, method, reader)
-    wanted = shaping(model, config, reader)
-    if known is None or known.belongs_to != wanted:
-        refuse_another_precision(known.belongs_to if known else {}, wanted, folder)
-        raise missing
-    return known.to(model.device)
+    return fitting_calibration(
+        model,
+        config,
+        reader,
+        f"{folder} has no calibration of method {method} for these checkpoints and settings: run python inference.py "
+        "with the same flags first",
+    )
 
 
 def metrics_of(calibration: Calibration, config: Config) -> dict | None:

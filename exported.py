@@ -6,7 +6,7 @@
 The folder holds weights and arrays as safetensors and everything else as JSON; nothing is unpickled. contents.json has
 the SHA-256 of every file and is written last. Numbers are those of phase 4 with inference.batch_size 1, in the
 precision that normals were read in, whatever the machine. Larger batches add up in another order: in float32 they
-differ in the last digits, in bf16 by its rounding (untrained networks: scores by up to a fiftieth of their spread).
+differ in the last digits, in bf16 by its rounding.
 
 Who trained stays out of the folder unless it is asked for: phase 4 needs the salted hashes to refuse a patient who
 trained, but they travel with their salt, so that short patient numbers could be tried one by one, and a fingerprint is

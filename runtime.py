@@ -108,7 +108,7 @@ def start(config: RuntimeConfig) -> Accelerator:
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("runtime.device is cuda but torch sees no GPU: check nvidia-smi, or use --runtime.device cpu")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = runs_on_cpu(config)
     together = [
         InitProcessGroupKwargs(timeout=timedelta(hours=6)),  # the others wait while the first validates
         DistributedDataParallelKwargs(broadcast_buffers=False),  # no network here learns through a buffer
@@ -118,6 +118,11 @@ def start(config: RuntimeConfig) -> Accelerator:
     shown = precision_of(accelerator)
     accelerator.print(f"device {accelerator.device}, {accelerator.num_processes} process(es), precision {shown}")
     return accelerator
+
+
+def runs_on_cpu(config: RuntimeConfig) -> bool:
+    """Whether runtime.device comes to a CPU on this machine."""
+    return config.device == "cpu" or not torch.cuda.is_available()
 
 
 def precision_of(accelerator: Accelerator) -> str:

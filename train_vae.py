@@ -248,8 +248,8 @@ def random_crops(x: Tensor, config: Config, step: int, accelerator: Accelerator)
         return x
     height, width = (min(config.vae.crop, length) for length in x.shape[2:])
     random, whole = generator(config.runtime.seed, "crops", step), len(x) * accelerator.num_processes
-    rows = torch.randint(x.shape[2] - height + 1, (whole,), generator=random)
-    columns = torch.randint(x.shape[3] - width + 1, (whole,), generator=random)
+    left_over = x.shape[2] - height, x.shape[3] - width
+    rows, columns = (torch.randint(pixels + 1, (whole,), generator=random) for pixels in left_over)
     corners = zip(own_part(rows, accelerator).tolist(), own_part(columns, accelerator).tolist(), strict=True)
     parts = [image[:, top : top + height, left : left + width] for image, (top, left) in zip(x, corners, strict=True)]
     return torch.stack(parts)

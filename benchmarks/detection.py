@@ -42,7 +42,7 @@ from files import sha256, write_atomically, write_json
 from interruption import remember
 from radiographs.manifest import list_records, split_records
 from reader_training import RECIPE
-from runtime import reading_precision, run_script
+from runtime import reading_precision, run_script, runs_on_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 PHASES = ("train_vae.py", "extract_latents.py", "train_flowdiff.py")
@@ -197,8 +197,8 @@ def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
         asked["flow_sha256"] = sha256(trained)
     if row in OURS:
         config = parse_command(__doc__, [*flags, *OURS[row]]).config
-        on_cpu = config.runtime.device == "cpu" or not torch.cuda.is_available()
-        precision = reading_precision(config.inference, torch.device("cpu" if on_cpu else "cuda"))
+        device = torch.device("cpu" if runs_on_cpu(config.runtime) else "cuda")
+        precision = reading_precision(config.inference, device)
         asked |= {"reads_in": precision} if precision != "float32" else {}  # a preset may say it, and the hardware
     return asked
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from runtime import run_script
@@ -31,6 +32,14 @@ SETTINGS = f"""
     --unet.channels 16 32 --unet.attention False True --unet.norm-groups 8 --unet.attention-head-dim 8
     --inference.method statistical --inference.figures 3 --inference.top-share 0.01 --calibration.corrupted 16
 """.split()
+
+
+def run_benchmark(main, monkeypatch, *flags):
+    """A benchmark in this process, on one thread, with the files of the repository where it looks for them."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *map(str, flags)])
+    torch.set_num_threads(1)
+    main()
 
 
 def flags_of(outputs, data, *more):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pipeline import ROOT, flags_of, sources, table
+from pipeline import ROOT, flags_of, run_benchmark, sources, table
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import audit
@@ -32,10 +32,7 @@ def test_what_survives_is_the_share_that_the_autoencoder_keeps(left):
 
 def test_the_audit_prints_and_writes_a_row_per_radius(examined, monkeypatch, capsys, tmp_path):
     flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined))
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["audit.py", *map(str, flags), "--inference.method", "plain"])
-    torch.set_num_threads(1)
-    audit.main()
+    run_benchmark(audit.main, monkeypatch, *flags, "--inference.method", "plain")
     rows = table(Path(tmp_path) / "phase4_inference" / "audit.csv")
     assert [row["radius"] for row in rows] == ["0.005", "0.01", "0.02", "0.04", "0.08"]
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("found", "false"))
@@ -47,10 +44,8 @@ def test_too_few_normals_for_an_audit_are_told_before_anything_is_trained(
     method, least, examined, monkeypatch, tmp_path
 ):
     flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined))
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["audit.py", *map(str, flags), "--inference.method", method])
     few = SimpleNamespace(images=np.zeros((least - 1, 8, 8), np.float32))
     monkeypatch.setattr(audit, "read_normals", lambda *given: few)
     monkeypatch.setattr(audit, "reader_of", lambda *given: pytest.fail("trained before it was looked"))
     with pytest.raises(UsageError, match=f"needs {least} validation normals.* there are {least - 1}"):
-        audit.main()
+        run_benchmark(audit.main, monkeypatch, *flags, "--inference.method", method)

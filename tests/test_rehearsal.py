@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from pipeline import ROOT, flags_of, sources, table
+from pipeline import ROOT, flags_of, run_benchmark, sources, table
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import rehearsal
@@ -89,10 +89,7 @@ def test_a_rehearsal_trains_the_reader_and_writes_its_table(large, examined, mon
         "--reader.magnification",
         "1",
     )
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["rehearsal.py", *map(str, flags), *few])
-    torch.set_num_threads(1)
-    rehearsal.main()
+    run_benchmark(rehearsal.main, monkeypatch, *flags, *few)
     rows = table(Path(tmp_path) / "phase4_inference" / "rehearsal.csv")
     assert [row["family"] for row in rows[-2:]] == ["corruption", "blob"]
     assert all(0 <= float(row[name]) <= 1 for row in rows for name in ("auroc", "pixel_ap"))
@@ -102,10 +99,7 @@ def test_a_rehearsal_trains_the_reader_and_writes_its_table(large, examined, mon
 def test_the_tuned_backbone_is_rehearsed_alone(large, examined, monkeypatch, tmp_path):
     pytest.importorskip("efficientnet_lite_pytorch")
     flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined))
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["tuning.py", *map(str, flags), "--reader.tuned-steps", "2"])
-    torch.set_num_threads(1)
-    tuning.main()
+    run_benchmark(tuning.main, monkeypatch, *flags, "--reader.tuned-steps", 2)
     rows = table(Path(tmp_path) / "phase4_inference" / "tuning.csv")
     assert [row["family"] for row in rows[-2:]] == ["corruption", "blob"]
     assert not list(tmp_path.rglob("reader.pt"))  # nothing else was trained
@@ -113,10 +107,8 @@ def test_the_tuned_backbone_is_rehearsed_alone(large, examined, monkeypatch, tmp
 
 def test_too_few_normals_are_told_before_anything_is_trained(examined, monkeypatch, tmp_path):
     flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined))
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["rehearsal.py", *map(str, flags)])
     few = SimpleNamespace(images=np.zeros((2, 8, 8), np.float32))
     monkeypatch.setattr(rehearsal, "read_normals", lambda *given: few)
     monkeypatch.setattr(rehearsal, "reader_of", lambda *given: pytest.fail("trained before it was looked"))
     with pytest.raises(UsageError, match="needs 3 validation normals or more, and there are 2"):
-        rehearsal.main()
+        run_benchmark(rehearsal.main, monkeypatch, *flags)
