@@ -287,8 +287,8 @@ def hardware() -> str:
 # ---------------------------------------------------------------- the table
 
 
-def table_of(folder: Path) -> str:
-    """All parts in a folder as Markdown: a line per row and size, the mean over its seeds."""
+def table_of(folder: Path, order: tuple[str, ...] = (*OURS, *PEERS)) -> str:
+    """All parts in a folder as Markdown: a line per row and size, in this order, the mean over its seeds."""
     parts = [read_part(path) for path in sorted(folder.glob("*.json"))]
     if not parts:
         return f"no part is kept in {folder} yet: choose rows with --rows"
@@ -296,7 +296,6 @@ def table_of(folder: Path) -> str:
     titles = ["row", "size", "seeds", *kinds, "mean of kinds", "AUPRO"]
     lines = ["image AUROC / pixel AP, mean over the seeds", "", "| " + " | ".join(titles) + " |"]
     lines.append("|" + " --- |" * len(titles))
-    order = [*OURS, *PEERS]
     groups = {(part["row"], part["size"]): [] for part in parts}
     for part in parts:
         groups[part["row"], part["size"]].append(part)
@@ -310,7 +309,7 @@ def table_of(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def place(row: str, order: list[str]) -> int:
+def place(row: str, order: tuple[str, ...]) -> int:
     """Where a row stands in the table; one that is run no longer stands last."""
     return order.index(row) if row in order else len(order)
 

@@ -1,0 +1,215 @@
+"""What each part of the reader brings, on the test split: python benchmarks/ablation.py --preset cpu --rows all
+
+    --rows A,B            which to run; without it, none: only the tables are printed. `all`, `parts` and `fills` are
+                          groups
+    --results FOLDER      where each finished row is kept as JSON, and the tables of all rows as table.md
+    FLAGS                 those of inference.py; checkpoints of phases 1 to 3 are those it would take, and what rows
+                          share lies in --inference.calibration
+
+A row of detection.py trains a whole reader; here rows share what they have in common. Features of normals, of their
+corrupted copies and of all images that are judged are made once, the backbone is tuned once, and a row that leaves a
+part out trains the reader's networks alone, on the others. A row that leaves fills out makes corruptions, features and
+tuning of its own. Each is judged twice: what the networks that read G say, and their mean with the tuned backbone,
+which sees the image alone. Scores are of these maps, they hear nothing beside. What is finished is kept, what a killed
+run was making goes on. Nothing is chosen by a label of the test split.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ablation_ground import Channel, Ground, Kept, logits_of, verdicts_of
+from detection import commit, hardware, read_part, table_of
+from protocol import judge
+
+from checks import UsageError
+from command_line import parse_command
+from config import Config
+from config_reading import ReaderConfig
+from examination import open_normalizer
+from files import write_atomically, write_json
+from interruption import remember
+from reader import Reader
+from reader_training import fit_network, reader_identity
+from runtime import run_script
+
+ROOT = Path(__file__).resolve().parents[1]
+NETWORKS, BOTH = "networks", "with the tuned backbone"  # the two ways a row is judged
+
+
+# ---------------------------------------------------------------- what is left out
+
+
+def without(*left_out: str) -> Callable[[Channel], bool]:
+    """Keeps what is not one of these features or parts of one."""
+    return lambda channel: not {channel[0], channel[1]} & set(left_out)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Which channels the networks read, and the settings that differ."""
+
+    keep: Callable[[Channel], bool] = without()
+    settings: tuple[tuple[str, object], ...] = ()
+
+
+def fewer_fills(*left_out: str) -> Row:
+    """Learns from corruptions without these fills."""
+    return Row(settings=(("fills", tuple(name for name in ReaderConfig().fills if name not in left_out)),))
+
+
+PARTS = {
+    "everything": Row(),
+    "without the image": Row(without("image")),
+    "without x - dec(enc(x))": Row(without("residual")),
+    "without z": Row(without("z")),
+    "without what G changed": Row(without("changed")),
+    "without the heads' disagreement": Row(without("heads")),
+    "without inner features of G": Row(without("trunk")),
+    "without G": Row(without("changed", "heads", "trunk")),
+    "without G and its autoencoder": Row(without("latent", "trunk", "residual")),
+    "the frozen backbone alone": Row(lambda channel: channel[0] == "backbone"),
+    "without the frozen backbone": Row(without("backbone")),
+    "without the other side": Row(settings=(("mirror", False),)),
+    "near surroundings": Row(settings=(("distances", (1, 2)),)),
+    "the tuned backbone alone": Row(lambda channel: False),
+}
+FILLS = {
+    "without offset and shade": fewer_fills("offset", "shade"),
+    "without level and saturate": fewer_fills("level", "saturate"),
+    "without texture and noise": fewer_fills("texture", "noise"),
+    "without paste and graft": fewer_fills("paste", "graft"),
+    "without smear, warp and remove": fewer_fills("smear", "warp", "remove"),
+    "without rim": fewer_fills("rim"),
+}
+ROWS = PARTS | FILLS
+GROUPS = {"all": tuple(ROWS), "parts": tuple(PARTS), "fills": ("everything", *FILLS)}
+
+
+# ---------------------------------------------------------------- the command
+
+
+def main() -> None:
+    options, flags = arguments()
+    remember("rows that are finished are kept, the same command goes on with the others")
+    if options.rows:
+        run_rows(options, flags)
+    tables = "\n\n".join(
+        f"**{way}**\n\n{table_of(options.results / folder_name(way), tuple(ROWS))}" for way in (NETWORKS, BOTH)
+    )
+    print(tables)
+    if options.results.is_dir():
+        write_atomically(options.results / "table.md", lambda beside: beside.write_text(tables + "\n"))
+
+
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    """What was asked for, and the flags of phase 4."""
+    names = "rows:\n  " + "\n  ".join((*ROWS, *GROUPS))
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=names, formatter_class=style, allow_abbrev=False)
+    parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/ablation")
+    options, flags = parser.parse_known_args()
+    asked = [name for row in options.rows for name in GROUPS.get(row, (row,))]
+    unknown = [row for row in asked if row not in ROWS]
+    if unknown:
+        raise UsageError(f"--rows: {unknown[0]} is unknown, choose from {', '.join((*ROWS, *GROUPS))}")
+    options.rows = list(dict.fromkeys(asked))
+    return options, flags
+
+
+def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
+    """Each row that is not kept yet."""
+    model, config = open_normalizer(parse_command(__doc__, [*flags, "--inference.method", "reader"]))
+    ground = Ground(model, config)
+    asked = ground.asked()
+    missing = [row for row in options.rows if not kept(row, options.results, asked)]
+    for row in missing:
+        began = time.monotonic()
+        for way, judged in judged_both_ways(row, ground).items():
+            part = {"row": row, "seed": config.runtime.seed, "size": config.data.height, "asked": asked}
+            part |= {"settings": {"way": way}, "commit": commit(), "hardware": hardware()}
+            part |= {"minutes": round((time.monotonic() - began) / 60, 1)}
+            path = part_file(row, way, options.results)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, part | judged)
+            mean = judged["mean_over_kinds"]
+            print(f"{row}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
+
+
+def kept(row: str, results: Path, asked: dict) -> bool:
+    """Whether a row is there already, both ways; UsageError if it is of something else."""
+    alone = row == "the tuned backbone alone"
+    paths = [part_file(row, way, results) for way in ((BOTH,) if alone else (NETWORKS, BOTH))]
+    if not all(path.is_file() for path in paths):
+        return False
+    for path in paths:
+        if read_part(path)["asked"] != asked:
+            raise UsageError(
+                f"{path.name} is of other radiographs, networks, flags or code: remove it, or choose another --results"
+            )
+    print(f"{row}: there already")
+    return True
+
+
+def part_file(row: str, way: str, results: Path) -> Path:
+    """Where a row is kept."""
+    return results / folder_name(way) / f"{list(ROWS).index(row):02d}.json"
+
+
+def folder_name(way: str) -> str:
+    """One of the two ways as a folder."""
+    return way.replace(" ", "_")
+
+
+# ---------------------------------------------------------------- a row
+
+
+def judged_both_ways(row: str, ground: Ground) -> dict[str, dict]:
+    """What `judge` says of the networks of a row, and of their mean with the tuned backbone."""
+    config = replace(ground.config, reader=replace(ground.config.reader, **dict(ROWS[row].settings)))
+    chosen = [[i for i, channel in enumerate(part) if ROWS[row].keep(channel)] for part in ground.channels]
+    if not any(chosen):
+        return {BOTH: judge(verdicts_of(ground.tuned_logits(config.reader.fills), ground, config))}
+    said = said_by_networks(row, chosen, ground, config)
+    found = {NETWORKS: judge(verdicts_of(said, ground, config))}
+    if config.reader.tuned_steps:
+        share = config.reader.tuned_share
+        mean = (1 - share) * said.astype(np.float32) + share * ground.tuned_logits(config.reader.fills)
+        found[BOTH] = judge(verdicts_of(mean.astype(np.float16), ground, config))
+    return found
+
+
+def said_by_networks(row: str, chosen: list[list[int]], ground: Ground, config: Config) -> np.ndarray:
+    """Networks are trained on these channels and asked of everybody: logits, float16 (N, k H, k W)."""
+    pool = ground.pool(config)
+    pool = replace(pool, features=selected(pool.features, chosen))
+    statistics = pool.statistics(config)
+    identity = reader_identity(ground.model, config, ground.training.pictures) | {"row": row}
+    last = ground.folder / "networks_last.pt"
+    network = fit_network(pool, statistics, config, identity, last, ground.model.device)
+    last.unlink(missing_ok=True)
+    everybody, features, _ = ground.looks
+    on_device = [part.to(ground.model.device) for part in statistics]
+    reader = Reader(network.requires_grad_(False).eval(), on_device, Kept(config.reader), {})
+    return logits_of(reader, ground.model, everybody, selected(features, chosen), config)
+
+
+def selected(maps: list[np.ndarray], chosen: list[list[int]]) -> list[np.ndarray]:
+    """These channels of each map, without maps of which none is chosen; a copy only where some are left out."""
+    return [
+        array if len(channels) == array.shape[1] else array[:, channels]
+        for array, channels in zip(maps, chosen, strict=True)
+        if channels
+    ]
+
+
+if __name__ == "__main__":
+    run_script(main)

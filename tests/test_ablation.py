@@ -1,0 +1,102 @@
+"""The ablation of the reader: what a row leaves out, and a run on the tiny pipeline."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pipeline import ROOT, flags_of, run_benchmark, sources
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import ablation
+import ablation_ground
+
+from checks import UsageError
+from config_reading import ReaderConfig
+
+FEW = ("--reader.steps", "2", "--reader.copies", "1", "--reader.members", "1", "--reader.magnification", "1")
+
+
+@pytest.mark.parametrize(
+    ("row", "left"),
+    [
+        ("everything", {"z": 4, "changed": 12, "heads": 3}),
+        ("without z", {"changed": 12, "heads": 3}),
+        ("without what G changed", {"z": 4, "heads": 3}),
+        ("without G", {"z": 4}),
+        ("without G and its autoencoder", {}),
+    ],
+)
+def test_a_row_keeps_these_channels_of_the_latent(row, left):
+    settings = replace(ReaderConfig(), levels=(0.1, 0.2, 0.3))
+    (channels,) = ablation_ground.channels_of("latent", [torch.zeros(1, 4 + 3 * 5, 2, 2)], settings)
+    kept = [part for name, part in channels if ablation.ROWS[row].keep((name, part))]
+    assert {part: kept.count(part) for part in kept} == left
+
+
+def test_channels_of_the_latent_are_named_in_the_order_in_which_they_are_made():
+    settings = replace(ReaderConfig(), levels=(0.1, 0.4))
+    (channels,) = ablation_ground.channels_of("latent", [torch.zeros(1, 8, 2, 2)], settings)  # 2 of z, twice 2 + 1
+    assert [part for _, part in channels] == ["z", "z", "changed", "changed", "heads", "changed", "changed", "heads"]
+
+
+def test_what_is_left_out_is_what_the_name_says():
+    maps = [np.arange(24.0).reshape(2, 3, 2, 2), np.zeros((2, 1, 4, 4)), np.ones((2, 2, 1, 1))]
+    first, last = ablation.selected(maps, [[0, 2], [], [0, 1]])
+    assert np.array_equal(first, maps[0][:, [0, 2]]) and last is maps[2]
+
+
+def test_no_row_of_fills_learns_from_what_it_leaves_out():
+    everything = set(ReaderConfig().fills)
+    left_out = [everything - set(dict(row.settings)["fills"]) for row in ablation.FILLS.values()]
+    assert all(left_out) and set().union(*left_out) == everything and sum(map(len, left_out)) == len(everything)
+
+
+def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch, capsys, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    results = tmp_path / "results"
+    flags = flags_of(tmp_path / "out", examined.phantoms, *sources("inference", examined), *FEW)
+    rows = "everything,without G,without rim,the tuned backbone alone"
+    asked = [*flags, "--reader.tuned-steps", "1", "--results", results, "--rows", rows]
+    run_benchmark(ablation.main, monkeypatch, *asked)
+    networks, both = (
+        [json.loads(path.read_text()) for path in sorted(results.glob(f"{way}/*.json"))]
+        for way in ("networks", "with_the_tuned_backbone")
+    )
+    assert [part["row"] for part in networks] == ["everything", "without G", "without rim"]
+    assert [part["row"] for part in both] == ["everything", "without G", "the tuned backbone alone", "without rim"]
+    assert networks[0]["mean_over_kinds"] != networks[1]["mean_over_kinds"] != both[1]["mean_over_kinds"]
+    assert (results / "table.md").read_text().count("| everything |") == 2
+    capsys.readouterr()
+    monkeypatch.setattr(ablation, "judged_both_ways", lambda *_: pytest.fail("run again"))
+    run_benchmark(ablation.main, monkeypatch, *asked)
+    assert capsys.readouterr().out.count("there already") == 4
+    with pytest.raises(UsageError, match="remove it, or choose another --results"):
+        run_benchmark(ablation.main, monkeypatch, *asked, "--reader.steps", 3)
+
+
+def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path):
+    """The networks of `everything` on features from the disk, against the reader of phase 4 that looks for itself."""
+    from command_line import parse_command
+    from reader import Reader
+
+    flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined), *FEW, "--reader.tuned-steps", 0)
+    model, config = ablation.open_normalizer(parse_command("", [*flags, "--inference.method", "reader"]))
+    ground = ablation_ground.Ground(model, config)
+    pool = ground.pool(config)
+    statistics = pool.statistics(config)
+    network = ablation.fit_network(pool, statistics, config, {}, tmp_path / "last.pt", model.device).eval()
+    everybody, features, _ = ground.looks
+    kept = Reader(network, statistics, ablation_ground.Kept(config.reader), {})
+    own = Reader(network, statistics, ground.extractor, {})
+    said = ablation_ground.logits_of(kept, model, everybody[:3], [part[:3] for part in features], config)
+    seen = model.examine(torch.from_numpy(everybody[:3]).unsqueeze(1), 1)
+    assert np.abs(said - own.logits(seen)[:, 0].numpy()).max() < 0.02
+
+
+def test_an_unknown_row_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--rows", "parts,all of it"])
+    with pytest.raises(UsageError, match="all of it is unknown"):
+        ablation.arguments()
