@@ -203,7 +203,8 @@ def shaping(model: Normalizer, config: Config, reader: Reader | None = None) -> 
     if config.inference.method == "statistical":
         settings |= asdict(config.calibration)
     if reader is not None:
-        shares = ("top_share", "plain_weight", "residual_weight", *(("tuned_share",) if reader.tuned else ()))
+        heard = ("tuned_share", "tuned_mirror") if reader.tuned else ()
+        shares = ("top_share", "plain_weight", "residual_weight", *heard)
         settings |= {f"reader_{name}": getattr(config.reader, name) for name in shares}
         settings |= {"reader_sha256": reader.sha256, "smallest_verdict_spread": config.reader.smallest_verdict_spread}
     return json.loads(json.dumps({**model.identity, "seed": config.runtime.seed, **settings}))

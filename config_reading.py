@@ -32,6 +32,7 @@ class CalibrationConfig:
     fewest_corruptions: int = 1  # in one image, at least
     most_corruptions: int = 4  # in one image, at most
     least_change: float = 0.08  # mean change inside a corruption, in units of [-1, 1], that counts as one
+    faintest: float = 1.0  # how opaque a corruption is at least, log-uniform from here to 1
     # how a corruption is filled, drawn from these; corruption.py says what each is, and a name given twice counts twice
     fills: tuple[str, ...] = ("level", "offset", "offset", "shade", "shade", "texture", "paste", "smear", "rim")
 
@@ -71,6 +72,7 @@ class ReaderConfig:
     lr: float = 1e-3  # AdamW learning rate after warm-up
     lr_warmup_steps: int = 50  # linear warm-up, then cosine to a tenth of lr
     weight_decay: float = 0.01  # AdamW weight decay
+    ema_decay: float = 0.99  # what learns is read with a moving average of its weights; 0: with those of the last step
     dropout: float = 0.1  # share of the inputs left out at random: no single feature is relied on
     # a copy of the backbone that learns on, as many steps, on corruptions it never saw before: it finds small things.
     # 0 does without, and so does whoever has no backbone
@@ -80,6 +82,7 @@ class ReaderConfig:
     tuned_stretch: float = 0.15  # share up to which each axis is stretched; at 0 large shapes are learnt by heart
     tuned_unchanged: float = 0.15  # share of normals that are not corrupted
     tuned_share: float = 0.5  # how much of the reader's verdict is its
+    tuned_mirror: bool = True  # it looks at the mirror image, too, and says the mean: finds more, looks twice as long
     positive_weight: float = 3.0  # weight of changed places in the loss
     largest_deviation: float = 8.0  # standard deviations; beyond, more of the same says nothing new
     smallest_spread: float = 0.3  # of a feature's mean spread; a place's own spread below it (in air) is not believed
@@ -96,6 +99,7 @@ class ReaderConfig:
     fewest_corruptions: int = 8  # in one image, at least
     most_corruptions: int = 20  # in one image, at most: each copy costs time, and what lies in it does not
     least_change: float = 0.06  # mean change inside a corruption, in units of [-1, 1], that counts as one
+    faintest: float = 1.0  # how opaque a corruption is at least, log-uniform from here to 1: disease is mostly faint
     # how a corruption is filled, drawn from these; corruption.py says what each is. Twice what metal does to a film
     fills: tuple[str, ...] = (
         *("level", "offset", "shade", "texture", "paste", "smear", "rim"),
@@ -120,6 +124,7 @@ class ReaderConfig:
         require_ranges("reader", self, ("tuned_stretch",), 0, 0.9)
         require_ranges("reader", self, ("plain_weight", "residual_weight"), 0, 1e6)
         require_ranges("reader", self, ("dropout",), 0, 0.9)
+        require_ranges("reader", self, ("ema_decay",), 0, 0.99999)
         require_ranges("reader", self, ("alignment", "smallest_spread", "smallest_verdict_spread"), 0, 1)
         require_ranges("reader", self, ("largest_deviation",), 0.1, 1e4)
         require(0 < self.top_share <= 1, f"reader.top_share must lie in (0, 1], got {self.top_share}")
@@ -129,6 +134,7 @@ class ReaderConfig:
 def _require_corruptions(phase: str, settings: "CalibrationConfig | ReaderConfig") -> None:
     require_ranges(phase, settings, ("least_change",), 0.001, 0.5)  # more, and few corruptions would reach it
     require_ranges(phase, settings, ("fewest_corruptions", "most_corruptions"), 1, 100)
+    require(0 < settings.faintest <= 1, f"{phase}.faintest must lie in (0, 1], got {settings.faintest}")
     ordered = settings.fewest_corruptions <= settings.most_corruptions
     require(ordered, f"{phase}.fewest_corruptions must not lie above most_corruptions")
     ordered = 0 < settings.smallest_corruption <= settings.largest_corruption < 1

@@ -185,8 +185,8 @@ def kept_reader(model: Normalizer, config: Config) -> Reader | None:
 
 
 def rebuilt(stored: dict, model: Normalizer, config: Config) -> Reader:
-    """A stored reader, that hears its tuned backbone as config says: the share shapes no weight."""
-    stored["settings"]["tuned_share"] = config.reader.tuned_share
+    """A stored reader, that hears its tuned backbone as config says: that shapes no weight."""
+    stored["settings"] |= {name: getattr(config.reader, name) for name in ("tuned_share", "tuned_mirror")}
     return Reader.rebuild(stored, model.device)
 
 

@@ -1,4 +1,4 @@
-"""Leaf: what a training within phase 4 goes on from: network and optimizer after a step, of one identity."""
+"""Leaf: what a training within phase 4 goes on from: network, average and optimizer after a step, of one identity."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from torch import nn
 
 from checks import UsageError
 from files import load_checkpoint, save_checkpoint
+from runtime import EMA
 
 REMEDY = "python inference.py --runtime.resume False"
 
@@ -14,9 +15,11 @@ REMEDY = "python inference.py --runtime.resume False"
 class LastStep:
     """A file beside what is trained; it is removed by whoever saves the result."""
 
-    def __init__(self, path: Path, kind: str, identity: dict, network: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self, path: Path, kind: str, identity: dict, network: nn.Module, average: EMA, optimizer: torch.optim.Optimizer
+    ):
         self.path, self.kind, self.identity = path, kind, identity
-        self.network, self.optimizer = network, optimizer
+        self.network, self.average, self.optimizer = network, average, optimizer
 
     def take_up(self, resume: bool) -> int:
         """The step after which an interrupted training of this identity goes on, and its state; 0 for one of another.
@@ -30,6 +33,7 @@ class LastStep:
             if stored["identity"] != self.identity:
                 return 0
             self.network.load_state_dict(stored["weights"])
+            self.average.load_state_dict(stored["average"])
             self.optimizer.load_state_dict(stored["optimizer"])
             return stored["step"]
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -38,6 +42,7 @@ class LastStep:
     def write(self, step: int) -> None:
         """All of it after so many steps."""
         state = {"weights": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state["average"] = self.average.state_dict()
         save_checkpoint(self.path, self.kind, {"identity": self.identity, "step": step, **state})
 
     def refuse_diverged(self, words: str) -> None:

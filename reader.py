@@ -181,7 +181,7 @@ class Reader:
             return logits
         places = positions(size, [WHOLE], device).expand(len(seen.detail), -1, -1, -1)
         with seen.model.computing():
-            tuned = self.tuned(seen.detail, places).float()
+            tuned = self.tuned.look(seen.detail, places, self.settings.tuned_mirror).float()
         return (1 - share) * logits + share * tuned
 
     @property
@@ -224,7 +224,8 @@ class Reader:
     def rebuild(cls, content: dict, device: torch.device | str = "cpu") -> "Reader":
         """From what `stored_reader` read; UsageError if another version wrote it."""
         try:
-            settings = rebuild_phase(ReaderConfig, content["settings"])
+            once = {"tuned_mirror": False}  # as readers did before there was this setting
+            settings = rebuild_phase(ReaderConfig, once | content["settings"])
             statistics = [
                 FeatureStatistics(part["centre"], part["scale"], PixelStatistics(part["mean"], part["std"]))
                 for part in content["statistics"]

@@ -29,7 +29,7 @@ from normalizer import Normalizer
 from progress import bar
 from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, cropped, mirrored, positions
 from reporting.figures import save_grid
-from runtime import autocast, learning_rate, set_learning_rate, stream_seed, training_precision
+from runtime import EMA, autocast, learning_rate, set_learning_rate, stream_seed, training_precision
 from scratch import array_at
 from standardization import pixel_statistics
 from tuned_training import fit_tuned
@@ -37,14 +37,15 @@ from tuned_training import fit_tuned
 # what a trained reader can be read under: settings that shape no weight
 READ_ANEW = (
     *("checkpoint_every", "top_share", "smallest_verdict_spread", "plain_weight", "residual_weight", "tuned_share"),
+    "tuned_mirror",
 )
 # what networks learn with, and no feature in the pool depends on
 LEARNING = (
     *("members", "width", "distances", "mirror", "steps", "crops", "lr", "lr_warmup_steps", "weight_decay", "dropout"),
-    *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "precision"),
+    *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "ema_decay", "precision"),
     *("tuned_steps", "tuned_lr", "tuned_turn", "tuned_stretch", "tuned_unchanged"),
 )
-RECIPE = 8  # raise it when code or a default changes what a reader learns from, or how it reads
+RECIPE = 9  # raise it when code or a default changes what a reader learns from, or how it reads
 # in the calibration's folder
 READER, LAST, TUNED_LAST = "reader.pt", "reader_last.pt", "reader_tuned_last.pt"
 POOL, SHEET = "reader_pool", "corruptions.png"
@@ -89,7 +90,7 @@ def train_reader(
     statistics = pool.statistics(config)
     network = fit_network(pool, statistics, config, read, folder / LAST, model.device)
     on_device = [part.to(model.device) for part in statistics]
-    reader = Reader(network.requires_grad_(False).eval(), on_device, extractor, identity, tuned)
+    reader = Reader(network, on_device, extractor, identity, tuned)
     reader.save(folder / READER)
     remove_scratch(folder)
     print(f"trained the reader in {(time.monotonic() - began) / 60:.1f} minutes")
@@ -244,13 +245,17 @@ def fit_network(
     last: Path,
     device: torch.device | str,
 ) -> ReaderEnsemble:
-    """The networks after reader.steps steps of binary cross-entropy, each on crops of the pool of its own."""
+    """The networks after reader.steps steps of binary cross-entropy, each on crops of the pool of its own.
+
+    Their weights are a moving average of those of the steps.
+    """
     settings, seed = config.reader, config.runtime.seed
     torch.manual_seed(stream_seed(seed, "reader", "weights"))
     channels = [part.centre.shape[1] for part in statistics]
     network = ReaderEnsemble.untrained(channels, settings).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
-    kept = LastStep(last, "reader training", identity, network, optimizer)
+    average = EMA(network, settings.ema_decay)
+    kept = LastStep(last, "reader training", identity, network, average, optimizer)
     begun = kept.take_up(config.runtime.resume)
     known = [part.to(device) for part in statistics]
     grid = tuple(pool.changed.shape[1:])
@@ -279,6 +284,7 @@ def fit_network(
                 torch.nn.utils.clip_grad_norm_(member.parameters(), 1.0)
                 losses.append(loss.detach())
             optimizer.step()
+            average.update(network)
             if step % 50 == 0:
                 now = float(torch.stack(losses).mean())
                 running = now if running is None else 0.8 * running + 0.2 * now
@@ -289,7 +295,7 @@ def fit_network(
                 remember(f"the same command goes on with the reader, step {step + 1} of {settings.steps}")
     lower = f"lower reader.lr, which is {settings.lr:g}, or raise reader.lr_warmup_steps"
     kept.refuse_diverged(f"the reader diverged: {lower}")
-    return network
+    return average.module
 
 
 def deviations(

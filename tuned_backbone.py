@@ -53,6 +53,14 @@ class TunedBackbone(nn.Module):
     def forward(self, x: Tensor, places: Tensor) -> Tensor:
         return enlarged(self.at_stride_two(x, places), x)
 
+    def look(self, x: Tensor, places: Tensor, mirror: bool) -> Tensor:
+        """Logits of whole images; with `mirror` the mean of what it says of each and of its mirror image.
+
+        Both are at the same places, as a jaw has two sides: it learnt on either.
+        """
+        said = self(x, places)
+        return (said + self(x.flip(-1), places).flip(-1)) / 2 if mirror else said
+
 
 def enlarged(maps: Tensor, like: Tensor) -> Tensor:
     """Brought to the height and width of another."""

@@ -24,7 +24,7 @@ from interruption import Steps, remember
 from last_step import LastStep
 from progress import bar
 from reader import WHOLE, Crop, cropped, positions
-from runtime import autocast, learning_rate, stream_seed
+from runtime import EMA, autocast, learning_rate, stream_seed
 from tuned_backbone import COARSEST, TunedBackbone
 
 CROPS = 2  # of each corrupted image: to corrupt it takes longer than to cut it
@@ -94,7 +94,7 @@ def fit_tuned(
 ) -> TunedBackbone:
     """The backbone after reader.tuned_steps steps of binary cross-entropy on normals, each float32 (k H, k W).
 
-    UsageError if it diverged.
+    Its weights are a moving average of those of the steps. UsageError if it diverged.
     """
     settings, total = config.reader, config.reader.tuned_steps
     torch.manual_seed(stream_seed(config.runtime.seed, "tuned backbone", "weights"))
@@ -104,7 +104,8 @@ def fit_tuned(
         {"params": network.backbone.parameters(), "highest": settings.tuned_lr},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
-    kept = LastStep(last, "tuned backbone", identity, network, optimizer)
+    average = EMA(network, settings.ema_decay)
+    kept = LastStep(last, "tuned backbone", identity, network, average, optimizer)
     begun = kept.take_up(config.runtime.resume)
     weight, running = torch.tensor(settings.positive_weight, device=device), None
     forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images
@@ -128,6 +129,7 @@ def fit_tuned(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
+            average.update(network)
             if step % 50 == 0:
                 now = float(loss.detach())
                 running = now if running is None else 0.8 * running + 0.2 * now
@@ -137,4 +139,4 @@ def fit_tuned(
                 kept.write(step + 1)
                 remember(f"the same command goes on with the tuned backbone, step {step + 1} of {total}")
     kept.refuse_diverged(f"the tuned backbone diverged: lower reader.tuned_lr, which is {settings.tuned_lr:g}")
-    return network.requires_grad_(False).eval()
+    return average.module

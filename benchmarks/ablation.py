@@ -198,7 +198,7 @@ def said_by_networks(row: str, chosen: list[list[int]], ground: Ground, config: 
     last.unlink(missing_ok=True)
     everybody, features, _ = ground.looks
     on_device = [part.to(ground.model.device) for part in statistics]
-    reader = Reader(network.requires_grad_(False).eval(), on_device, Kept(config.reader), {})
+    reader = Reader(network, on_device, Kept(config.reader), {})
     return logits_of(reader, ground.model, everybody, selected(features, chosen), config)
 
 

@@ -134,7 +134,7 @@ class Ground:
             for first in bar(range(0, len(everybody), size), desc="the tuned backbone", unit="batch"):
                 batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1).to(self.model.device)
                 with torch.no_grad(), self.model.computing():
-                    logits = network(batch, places.expand(len(batch), -1, -1, -1))
+                    logits = network.look(batch, places.expand(len(batch), -1, -1, -1), config.reader.tuned_mirror)
                 found.append(logits[:, 0].half().cpu().numpy())
             self._tuned = {name: np.concatenate(found)}  # of one set of fills at a time
         return self._tuned[name]

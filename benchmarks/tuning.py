@@ -29,14 +29,14 @@ from tuned_training import fit_tuned
 class Alone:
     """Stands where a reader would: what the tuned backbone says of images, and nothing else."""
 
-    def __init__(self, network: TunedBackbone, size: tuple[int, int], device: torch.device):
-        self.network, self.device = network, device
+    def __init__(self, network: TunedBackbone, size: tuple[int, int], mirror: bool, device: torch.device):
+        self.network, self.mirror, self.device = network, mirror, device
         self.places = positions(size, [WHOLE], device)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
         images = images.to(self.device)
-        return self.network(images, self.places.expand(len(images), -1, -1, -1))
+        return self.network.look(images, self.places.expand(len(images), -1, -1, -1), self.mirror)
 
 
 def main() -> None:
@@ -48,7 +48,8 @@ def main() -> None:
     network = fit_tuned(training, config, identity, last, model.device)
     normals = read_normals(model, config, "val").images
     as_they_are = SimpleNamespace(examine=lambda batch, times: batch)
-    rows = rehearse(as_they_are, Alone(network, normals.shape[1:], model.device), normals, config)
+    alone = Alone(network, normals.shape[1:], config.reader.tuned_mirror, model.device)
+    rows = rehearse(as_they_are, alone, normals, config)
     write_table(rows, Path(config.inference.output) / "tuning.csv")
 
 

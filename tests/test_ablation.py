@@ -87,7 +87,7 @@ def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path):
     ground = ablation_ground.Ground(model, config)
     pool = ground.pool(config)
     statistics = pool.statistics(config)
-    network = ablation.fit_network(pool, statistics, config, {}, tmp_path / "last.pt", model.device).eval()
+    network = ablation.fit_network(pool, statistics, config, {}, tmp_path / "last.pt", model.device)
     everybody, features, _ = ground.looks
     kept = Reader(network, statistics, ablation_ground.Kept(config.reader), {})
     own = Reader(network, statistics, ground.extractor, {})

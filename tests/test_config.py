@@ -163,6 +163,7 @@ BAD = [
     (c.CalibrationConfig, "calibration.regularization", {"regularization": 0.0}),
     (c.CalibrationConfig, "calibration.corrupted", {"corrupted": 0}),
     (c.CalibrationConfig, "calibration.least_change", {"least_change": 5.0}),
+    (c.CalibrationConfig, "calibration.faintest", {"faintest": 0.0}),
     (c.CalibrationConfig, "calibration.largest_deviation", {"largest_deviation": 1e300}),
     (c.CalibrationConfig, "calibration.most_corruptions", {"most_corruptions": 10**20}),
     (c.LatentConfig, "latent.augmented_copies", {"augmented_copies": 10**12}),

@@ -397,7 +397,7 @@ def test_another_way_to_learn_takes_the_features_that_are_there_and_other_featur
         "positive_weight": 1.0,
         "largest_deviation": 4.0,
     }
-    learning |= {"smallest_spread": 0.5, "alignment": 0.1}
+    learning |= {"smallest_spread": 0.5, "alignment": 0.1, "ema_decay": 0.5}
     learning |= {"tuned_lr": 1e-4, "tuned_steps": 1, "tuned_turn": 0.0, "tuned_stretch": 0.0, "tuned_unchanged": 0.5}
     assert set(learning) == set(LEARNING) - {"precision"}
     made, examine = [], type(model).examine
@@ -421,7 +421,7 @@ def test_a_damaged_reader_names_the_file_to_remove(trained, tmp_path):
 
 
 def test_how_often_it_is_written_and_what_is_scored_make_no_other_reader(model):
-    other = config_for(checkpoint_every=7, top_share=0.5, tuned_share=0.25)
+    other = config_for(checkpoint_every=7, top_share=0.5, tuned_share=0.25, tuned_mirror=False)
     assert reader_identity(model, config_for(), "p") == reader_identity(model, other, "p")
 
 

@@ -21,6 +21,7 @@ from features import with_backbone
 from interruption import Interrupted
 from reader import WHOLE, Reader, positions
 from reader_training import READER, TUNED_LAST, train_reader
+from runtime import EMA
 from tuned_backbone import TunedBackbone
 from tuned_training import Lessons, fit_tuned, moved, turned
 
@@ -143,7 +144,7 @@ def test_the_reader_hears_both_in_their_shares_and_is_saved_with_both(tmp_path):
     heads = dataclasses.replace(reader, tuned=None).logits(seen)
     with torch.no_grad():
         places = positions((128, 128), [WHOLE], "cpu").expand(2, -1, -1, -1)
-        alone = reader.tuned(seen.detail, places)
+        alone = reader.tuned.look(seen.detail, places, mirror=True)
     torch.testing.assert_close(reader.logits(seen), 0.75 * heads + 0.25 * alone)
     again = Reader.load(tmp_path / READER)
     torch.testing.assert_close(again.logits(seen), reader.logits(seen), rtol=0, atol=0)
@@ -151,14 +152,49 @@ def test_the_reader_hears_both_in_their_shares_and_is_saved_with_both(tmp_path):
     assert not (tmp_path / TUNED_LAST).exists()
 
 
+def test_who_looks_at_the_mirror_image_too_says_the_same_of_either_side():
+    network, image = TunedBackbone().eval(), torch.from_numpy(normals(1)[0])[None, None]
+    places = positions((128, 128), [WHOLE], "cpu")
+    with torch.no_grad():
+        one, other = (network.look(x, places, mirror=True) for x in (image, image.flip(-1)))
+        torch.testing.assert_close(one, other.flip(-1))
+        torch.testing.assert_close(network.look(image, places, mirror=False), network(image, places))
+        assert (network(image, places) - network(image.flip(-1), places).flip(-1)).abs().max() > 1e-3
+
+
+def test_the_tuned_backbone_is_the_moving_average_of_its_steps(tmp_path, monkeypatch):
+    """Against the average by its formula: the first weights as they are, then the decay rises from 2 / 11."""
+    config, seen = tuned_config(tuned_steps=4), []
+    update = EMA.update
+    monkeypatch.setattr(
+        EMA, "update", lambda self, network: seen.append(network.verdict.weight.clone()) or update(self, network)
+    )
+    averaged = fit_tuned(normals(), config, {}, tmp_path / TUNED_LAST, DEVICE).verdict.weight
+    expected = seen[0]
+    for number, weight in enumerate(seen[1:], 1):
+        decay = (1 + number) / (10 + number)
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(averaged, expected)
+    assert len(seen) == 4 and not torch.equal(averaged, seen[-1])
+
+
+def test_a_reader_that_was_saved_before_it_looked_twice_looks_once(tmp_path):
+    config = tuned_config(steps=1, tuned_steps=1)
+    content = train_reader(tiny_normalizer(config.inference), normals(), "p", config, tmp_path).content()
+    del content["settings"]["tuned_mirror"]
+    assert not Reader.rebuild(content).settings.tuned_mirror
+
+
 def test_whoever_reads_a_kept_reader_hears_its_tuned_backbone_as_is_asked_now(tmp_path):
     config = tuned_config(steps=1, tuned_steps=1)
     config = dataclasses.replace(config, inference=dataclasses.replace(config.inference, calibration=str(tmp_path)))
     model = tiny_normalizer(config.inference)
     train_reader(model, normals(), "p", config, tmp_path)
-    other = dataclasses.replace(config, reader=dataclasses.replace(config.reader, tuned_share=0.9))
+    changed = {"tuned_share": 0.9, "tuned_mirror": False}
+    other = dataclasses.replace(config, reader=dataclasses.replace(config.reader, **changed))
     calibrate(model, np.stack(normals()), other, kept_reader(model, other)).save(tmp_path)
-    assert ready_calibration(model, other).reader.settings.tuned_share == 0.9
+    settings = ready_calibration(model, other).reader.settings
+    assert settings.tuned_share == 0.9 and not settings.tuned_mirror
     with pytest.raises(UsageError, match="no calibration of these"):
         ready_calibration(model, config)
 
