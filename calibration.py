@@ -203,9 +203,10 @@ def shaping(model: Normalizer, config: Config, reader: Reader | None = None) -> 
     if config.inference.method == "statistical":
         settings |= asdict(config.calibration)
     if reader is not None:
-        heard = ("tuned_share", "tuned_mirror") if reader.tuned else ()
-        shares = ("top_share", "plain_weight", "residual_weight", *heard)
+        shares = ("top_share", "plain_weight", "residual_weight", *(("tuned_share",) if reader.tuned else ()))
         settings |= {f"reader_{name}": getattr(config.reader, name) for name in shares}
+        if reader.tuned and config.reader.tuned_mirror:  # else without a word, as ever
+            settings["reader_tuned_mirror"] = True
         settings |= {"reader_sha256": reader.sha256, "smallest_verdict_spread": config.reader.smallest_verdict_spread}
     return json.loads(json.dumps({**model.identity, "seed": config.runtime.seed, **settings}))
 

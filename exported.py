@@ -38,7 +38,7 @@ from radiographs.geometry import unfit_map
 from radiographs.manifest import Record
 from radiographs.membership import Membership
 from radiographs.reading import ImageReadError, read_header
-from reader import Reader
+from reader import BEFORE, Reader
 from runtime import plain
 from survey import magnification_of
 
@@ -280,7 +280,7 @@ def _reader(folder: Path, content: dict, device: torch.device) -> Reader:
 
 def _config(content: dict) -> Config:
     """The numbers that a map and a score follow from; where files lay is not among them."""
-    settings = content["settings"]
+    settings = content["settings"] | {"reader": BEFORE | content["settings"]["reader"]}
     parts = {"inference": InferenceConfig, "calibration": CalibrationConfig, "reader": ReaderConfig}
     return Config(
         data=DataConfig(**content["preprocessing"]),

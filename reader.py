@@ -28,6 +28,7 @@ from tuned_backbone import TunedBackbone
 
 Crop = tuple[float, float, float]  # top and left as shares of the image, and the share of each side that is kept
 WHOLE: Crop = (0.0, 0.0, 1.0)
+BEFORE = {"tuned_mirror": False}  # of readers that were saved before there was such a setting
 
 
 @dataclass(frozen=True)
@@ -224,8 +225,7 @@ class Reader:
     def rebuild(cls, content: dict, device: torch.device | str = "cpu") -> "Reader":
         """From what `stored_reader` read; UsageError if another version wrote it."""
         try:
-            once = {"tuned_mirror": False}  # as readers did before there was this setting
-            settings = rebuild_phase(ReaderConfig, once | content["settings"])
+            settings = rebuild_phase(ReaderConfig, BEFORE | content["settings"])
             statistics = [
                 FeatureStatistics(part["centre"], part["scale"], PixelStatistics(part["mean"], part["std"]))
                 for part in content["statistics"]

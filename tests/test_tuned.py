@@ -11,7 +11,7 @@ from test_reader import config_for, normals, seen_by
 
 import interruption
 from backbone import PACKAGES
-from calibration import calibrate
+from calibration import calibrate, shaping
 from checks import UsageError
 from config import DataConfig, RuntimeConfig
 from config_reading import ReaderConfig
@@ -183,6 +183,14 @@ def test_a_reader_that_was_saved_before_it_looked_twice_looks_once(tmp_path):
     content = train_reader(tiny_normalizer(config.inference), normals(), "p", config, tmp_path).content()
     del content["settings"]["tuned_mirror"]
     assert not Reader.rebuild(content).settings.tuned_mirror
+
+
+def test_a_calibration_of_a_reader_that_looks_once_is_called_as_ever(tmp_path):
+    config = tuned_config(steps=1, tuned_steps=1)
+    model = tiny_normalizer(config.inference)
+    reader = train_reader(model, normals(), "p", config, tmp_path)
+    once = dataclasses.replace(config, reader=dataclasses.replace(config.reader, tuned_mirror=False))
+    assert set(shaping(model, config, reader)) - set(shaping(model, once, reader)) == {"reader_tuned_mirror"}
 
 
 def test_whoever_reads_a_kept_reader_hears_its_tuned_backbone_as_is_asked_now(tmp_path):
