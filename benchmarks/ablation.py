@@ -196,10 +196,9 @@ def said_by_networks(row: str, chosen: list[list[int]], ground: Ground, config: 
     last = ground.folder / "networks_last.pt"
     network = fit_network(pool, statistics, config, identity, last, ground.model.device)
     last.unlink(missing_ok=True)
-    everybody, features, _ = ground.looks
     on_device = [part.to(ground.model.device) for part in statistics]
     reader = Reader(network, on_device, Kept(config.reader), {})
-    return logits_of(reader, ground.model, everybody, selected(features, chosen), config)
+    return logits_of(reader, ground.model, ground.everybody[0], selected(ground.features, chosen), config)
 
 
 def selected(maps: list[np.ndarray], chosen: list[list[int]]) -> list[np.ndarray]:

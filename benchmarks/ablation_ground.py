@@ -82,9 +82,9 @@ class Ground:
         return [channels for maps in named for channels in maps]
 
     @cached_property
-    def looks(self) -> tuple[np.ndarray, list[np.ndarray], list[tuple[int, int]]]:
-        """Everybody (N, k H, k W), their features, each float16 (N, F, h, w), and the shapes of the test's files."""
-        everybody, shapes = self.everybody()
+    def features(self) -> list[np.ndarray]:
+        """Of everybody, each float16 (N, F, h, w)."""
+        everybody, _ = self.everybody
         size, arrays = self.config.inference.batch_size, []
         scratch = self.folder / "looks"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -99,10 +99,11 @@ class Ground:
                 ]
             for array, part in zip(arrays, parts, strict=True):
                 array[first : first + len(part)] = part
-        return everybody, arrays, shapes
+        return arrays
 
+    @cached_property
     def everybody(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Who is judged, as phase 4 reads them."""
+        """Who is judged (N, k H, k W), as phase 4 reads them, and the shapes of the test's files."""
         config, errors, images, shapes = self.config, [], [], []
         finest, size = tuple(self.normals.file_sizes[1]), config.inference.batch_size
         for batch in read_batches(self.records, config.data, size, errors, config.reader.magnification, finest):
@@ -129,7 +130,7 @@ class Ground:
             identity = {key: value for key, value in identity.items() if key not in self.model.identity}  # G unseen
             last = self.folder / f"tuned_{name}.pt"
             network = fit_tuned(self.training.images, config, identity, last, self.model.device)
-            everybody, size, found = self.looks[0], config.inference.batch_size, []
+            everybody, size, found = self.everybody[0], config.inference.batch_size, []
             places = positions(everybody.shape[1:], [WHOLE], self.model.device)
             for first in bar(range(0, len(everybody), size), desc="the tuned backbone", unit="batch"):
                 batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1).to(self.model.device)
@@ -184,7 +185,7 @@ def verdicts_of(logits: np.ndarray, ground: Ground, config: Config) -> Verdicts:
     )
     usual = [blur_share(views.left_out(number), config.inference.smooth_share) for number in range(normals)]
     verdicts = Verdicts(pixel_threshold=threshold_from_normals(torch.cat(usual).numpy().ravel(), PIXEL_FPR))
-    known, shapes = views.statistics(), ground.looks[2]
+    known, shapes = views.statistics(), ground.everybody[1]
     for record, shape, one in zip(ground.records, shapes, logits[normals:], strict=True):
         final = blur_share(known.standardize(torch.from_numpy(one[None, None]).float()), config.inference.smooth_share)
         score = float(image_score(final, config.reader.top_share))

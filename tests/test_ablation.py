@@ -88,7 +88,7 @@ def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path):
     pool = ground.pool(config)
     statistics = pool.statistics(config)
     network = ablation.fit_network(pool, statistics, config, {}, tmp_path / "last.pt", model.device)
-    everybody, features, _ = ground.looks
+    everybody, features = ground.everybody[0], ground.features
     kept = Reader(network, statistics, ablation_ground.Kept(config.reader), {})
     own = Reader(network, statistics, ground.extractor, {})
     said = ablation_ground.logits_of(kept, model, everybody[:3], [part[:3] for part in features], config)
