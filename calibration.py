@@ -235,9 +235,7 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         normals = NormalViews(survey.shown, config.calibration, config.calibration.blurs)
         fusion, statistics = _fuse(normals, model, images, config), normals.statistics()
     if method == "reader":
-        normals = NormalViews(
-            survey.shown, replace(config.reader, smallest_spread=config.reader.smallest_verdict_spread)
-        )
+        normals = views_of_verdicts(survey.shown, config)
         others, statistics = NormalViews(survey.beside, config.reader), normals.statistics()
         beside_statistics = others.statistics()
     height, width = survey.shown.shape[2:]
@@ -275,6 +273,11 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         typical=Typical.of(survey.latents) if len(images) >= FEW_NORMALS else None,
     )
     return known.to(model.device)
+
+
+def views_of_verdicts(logits: Tensor, config: Config) -> NormalViews:
+    """What a reader says of validation normals (N, 1, k H, k W), with the floor of the spread that verdicts have."""
+    return NormalViews(logits, replace(config.reader, smallest_spread=config.reader.smallest_verdict_spread))
 
 
 def refuse_too_few(count: int, method: str) -> None:

@@ -32,7 +32,6 @@ class CalibrationConfig:
     fewest_corruptions: int = 1  # in one image, at least
     most_corruptions: int = 4  # in one image, at most
     least_change: float = 0.08  # mean change inside a corruption, in units of [-1, 1], that counts as one
-    faintest = 1.0  # no setting, as it has no type: corruptions are as opaque as they are drawn
     # how a corruption is filled, drawn from these; corruption.py says what each is, and a name given twice counts twice
     fills: tuple[str, ...] = ("level", "offset", "offset", "shade", "shade", "texture", "paste", "smear", "rim")
 
@@ -99,9 +98,6 @@ class ReaderConfig:
     fewest_corruptions: int = 8  # in one image, at least
     most_corruptions: int = 20  # in one image, at most: each copy costs time, and what lies in it does not
     least_change: float = 0.06  # mean change inside a corruption, in units of [-1, 1], that counts as one
-    # how opaque a corruption is at least, log-uniform from here to 1. With 0.2 wide faint things are found a little
-    # better, all others worse
-    faintest: float = 1.0
     # how a corruption is filled, drawn from these; corruption.py says what each is. Twice what metal does to a film
     fills: tuple[str, ...] = (
         *("level", "offset", "shade", "texture", "paste", "smear", "rim"),
@@ -127,7 +123,6 @@ class ReaderConfig:
         require_ranges("reader", self, ("plain_weight", "residual_weight"), 0, 1e6)
         require_ranges("reader", self, ("dropout",), 0, 0.9)
         require_ranges("reader", self, ("ema_decay",), 0, 0.99999)
-        require(0 < self.faintest <= 1, f"reader.faintest must lie in (0, 1], got {self.faintest}")
         require_ranges("reader", self, ("alignment", "smallest_spread", "smallest_verdict_spread"), 0, 1)
         require_ranges("reader", self, ("largest_deviation",), 0.1, 1e4)
         require(0 < self.top_share <= 1, f"reader.top_share must lie in (0, 1], got {self.top_share}")

@@ -21,7 +21,6 @@ class Settings(Protocol):
     fewest_corruptions: int
     most_corruptions: int
     least_change: float
-    faintest: float
     fills: tuple[str, ...]
 
 
@@ -48,11 +47,9 @@ def corrupt(
         box, opacity, radius = _draw_shape(image.shape, random, settings)
         fill = FILLS[settings.fills[random.integers(len(settings.fills))]]
         content = fill(corrupted[box], donor, opacity, radius, random)
-        inside = opacity > 0.5
-        if settings.faintest < 1:
-            opacity = opacity * np.float32(np.exp(random.uniform(np.log(settings.faintest), 0)))
         mixed = np.clip(corrupted[box] + opacity * (content - corrupted[box]), -1, 1)
         difference = np.abs(mixed - corrupted[box])
+        inside = opacity > 0.5
         if not inside.any() or difference[inside].mean() < settings.least_change:
             continue
         corrupted[box] = mixed

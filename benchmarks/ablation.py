@@ -9,7 +9,7 @@
 A row of detection.py trains a whole reader; here rows share what they have in common. Features of normals, of their
 corrupted copies and of all images that are judged are made once, the backbone is tuned once, and a row that leaves a
 part out trains the reader's networks alone, on the others. A row that leaves fills out makes corruptions, features and
-tuning of its own. Each is judged twice: what the networks that read G say, and their mean with the tuned backbone,
+tuning of its own. Features of those who are judged are made anew by each command. Each is judged twice: what the networks that read G say, and their mean with the tuned backbone,
 which sees the image alone. Scores are of these maps, they hear nothing beside. What is finished is kept, what a killed
 run was making goes on. Nothing is chosen by a label of the test split.
 """
@@ -26,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablation_ground import Channel, Ground, Kept, logits_of, verdicts_of
-from detection import commit, hardware, read_part, table_of
+from detection import commit, file_name, hardware, read_part, table_of
 from protocol import judge
 
 from checks import UsageError
@@ -37,11 +37,12 @@ from examination import open_normalizer
 from files import write_atomically, write_json
 from interruption import remember
 from reader import Reader
-from reader_training import fit_network, reader_identity
+from reader_training import fit_network
 from runtime import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS, BOTH = "networks", "with the tuned backbone"  # the two ways a row is judged
+TUNED = "the tuned backbone alone"
 
 
 # ---------------------------------------------------------------- what is left out
@@ -79,7 +80,7 @@ PARTS = {
     "without the frozen backbone": Row(without("backbone")),
     "without the other side": Row(settings=(("mirror", False),)),
     "near surroundings": Row(settings=(("distances", (1, 2)),)),
-    "the tuned backbone alone": Row(lambda channel: False),
+    TUNED: Row(lambda channel: False),
 }
 FILLS = {
     "without offset and shade": fewer_fills("offset", "shade"),
@@ -102,7 +103,7 @@ def main() -> None:
     if options.rows:
         run_rows(options, flags)
     tables = "\n\n".join(
-        f"**{way}**\n\n{table_of(options.results / folder_name(way), tuple(ROWS))}" for way in (NETWORKS, BOTH)
+        f"**{way}**\n\n{table_of(options.results / file_name(way), tuple(ROWS))}" for way in (NETWORKS, BOTH)
     )
     print(tables)
     if options.results.is_dir():
@@ -130,7 +131,8 @@ def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
     model, config = open_normalizer(parse_command(__doc__, [*flags, "--inference.method", "reader"]))
     ground = Ground(model, config)
     asked = ground.asked()
-    missing = [row for row in options.rows if not kept(row, options.results, asked)]
+    tuned = ground.config.reader.tuned_steps > 0
+    missing = [row for row in options.rows if not kept(row, ways_of(row, tuned), options.results, asked)]
     for row in missing:
         began = time.monotonic()
         for way, judged in judged_both_ways(row, ground).items():
@@ -144,10 +146,16 @@ def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
             print(f"{row}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
 
 
-def kept(row: str, results: Path, asked: dict) -> bool:
-    """Whether a row is there already, both ways; UsageError if it is of something else."""
-    alone = row == "the tuned backbone alone"
-    paths = [part_file(row, way, results) for way in ((BOTH,) if alone else (NETWORKS, BOTH))]
+def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
+    """How a row is judged; UsageError for the tuned backbone alone where none is tuned."""
+    if row == TUNED and not tuned:
+        raise UsageError(f"{TUNED}: there is none, as reader.tuned_steps is 0 or no backbone is installed")
+    return (BOTH,) if row == TUNED else (NETWORKS, BOTH) if tuned else (NETWORKS,)
+
+
+def kept(row: str, ways: tuple[str, ...], results: Path, asked: dict) -> bool:
+    """Whether a row is there already, these ways; UsageError if it is of something else."""
+    paths = [part_file(row, way, results) for way in ways]
     if not all(path.is_file() for path in paths):
         return False
     for path in paths:
@@ -161,12 +169,7 @@ def kept(row: str, results: Path, asked: dict) -> bool:
 
 def part_file(row: str, way: str, results: Path) -> Path:
     """Where a row is kept."""
-    return results / folder_name(way) / f"{list(ROWS).index(row):02d}.json"
-
-
-def folder_name(way: str) -> str:
-    """One of the two ways as a folder."""
-    return way.replace(" ", "_")
+    return results / file_name(way) / f"{file_name(row)}.json"
 
 
 # ---------------------------------------------------------------- a row
@@ -176,8 +179,10 @@ def judged_both_ways(row: str, ground: Ground) -> dict[str, dict]:
     """What `judge` says of the networks of a row, and of their mean with the tuned backbone."""
     config = replace(ground.config, reader=replace(ground.config.reader, **dict(ROWS[row].settings)))
     chosen = [[i for i, channel in enumerate(part) if ROWS[row].keep(channel)] for part in ground.channels]
-    if not any(chosen):
+    if row == TUNED:
         return {BOTH: judge(verdicts_of(ground.tuned_logits(config.reader.fills), ground, config))}
+    if not any(chosen):
+        raise UsageError(f"{row}: nothing is left to read, as no backbone is installed or reader.features lacks it")
     said = said_by_networks(row, chosen, ground, config)
     found = {NETWORKS: judge(verdicts_of(said, ground, config))}
     if config.reader.tuned_steps:
@@ -192,7 +197,7 @@ def said_by_networks(row: str, chosen: list[list[int]], ground: Ground, config: 
     pool = ground.pool(config)
     pool = replace(pool, features=selected(pool.features, chosen))
     statistics = pool.statistics(config)
-    identity = reader_identity(ground.model, config, ground.training.pictures) | {"row": row}
+    identity = ground.identity(config) | {"row": row}
     last = ground.folder / "networks_last.pt"
     network = fit_network(pool, statistics, config, identity, last, ground.model.device)
     last.unlink(missing_ok=True)

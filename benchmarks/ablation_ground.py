@@ -8,24 +8,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from protocol import PIXEL_FPR, Verdicts, splits_of
+from detection import manifest_sha256
+from protocol import PIXEL_FPR, Verdicts, read_all, splits_of
+from rehearsal import verdicts
 from torch import Tensor
+from tuning import AS_THEY_ARE, Alone
 
 from anomaly import blur_share, image_score
-from checks import UsageError
+from calibration import views_of_verdicts
 from config import Config
 from config_reading import ReaderConfig
-from dataset import read_batches
 from examination import Normals, read_normals
 from features import FEATURES, FeatureExtractor
-from files import sha256
 from normalizer import Examined, Normalizer
 from progress import bar
 from radiographs.geometry import unfit_map
-from reader import WHOLE, Reader, positions
+from reader import Reader
 from reader_training import LEARNING, RECIPE, Pool, make_pool, reader_identity
-from scratch import array_at
-from standardization import NormalViews
+from runtime import training_precision
+from scratch import nameless_array
 from thresholds import threshold_from_normals
 from tuned_training import fit_tuned
 
@@ -46,19 +47,17 @@ class Ground:
     """Training normals, and features of everybody who is judged: the validation normals, then the labelled test."""
 
     def __init__(self, model: Normalizer, config: Config):
-        self.model, self.config = model, config
-        self.folder = Path(config.inference.calibration)
+        self.model, self.folder = model, Path(config.inference.calibration)
         self.extractor = FeatureExtractor(config.reader, model.device)
+        self.config = replace(config, reader=self.extractor.settings)  # with the backbone that is there, or none
         self.records = splits_of(config.data)["test"]
         self._tuned: dict[str, np.ndarray] = {}
 
     def asked(self) -> dict:
         """What makes two rows comparable: radiographs by their manifest, networks, and every setting of the reader."""
-        manifest, settings = Path(self.config.data.root), asdict(self.extractor.settings)
-        manifest = manifest if manifest.is_file() else manifest / "manifest.csv"
-        asked = {"manifest_sha256": sha256(manifest), **self.model.identity, "reader_recipe": RECIPE}
-        asked |= {"reads_in": self.config.inference.precision, "reader": settings}
-        return json.loads(json.dumps(asked))
+        asked = {"manifest_sha256": manifest_sha256(Path(self.config.data.root)), **self.model.identity}
+        asked |= {"reader_recipe": RECIPE, "reads_in": self.config.inference.precision}
+        return json.loads(json.dumps(asked | {"reader": asdict(self.config.reader)}))
 
     @cached_property
     def training(self) -> Normals:
@@ -73,7 +72,7 @@ class Ground:
     @cached_property
     def channels(self) -> list[list[Channel]]:
         """What each channel of each feature map is, in the order of the extractor."""
-        settings, image = self.extractor.settings, torch.from_numpy(self.training.images[:1]).unsqueeze(1)
+        settings, image = self.config.reader, torch.from_numpy(self.training.images[:1]).unsqueeze(1)
         seen = self.model.examine(image, settings.magnification)
         named = [
             channels_of(name, FEATURES[name](seen, settings, self.extractor.eye), settings)
@@ -86,17 +85,12 @@ class Ground:
         """Of everybody, each float16 (N, F, h, w)."""
         everybody, _ = self.everybody
         size, arrays = self.config.inference.batch_size, []
-        scratch = self.folder / "looks"
-        scratch.mkdir(parents=True, exist_ok=True)
         for first in bar(range(0, len(everybody), size), desc="features of those judged", unit="batch"):
             batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1)
             maps = self.extractor(self.model.examine(batch, self.config.reader.magnification))
             parts = [part.half().cpu().numpy() for part in maps]
             if not arrays:
-                arrays = [
-                    array_at(scratch / f"{number:02d}.npy", part.dtype, (len(everybody), *part.shape[1:]))
-                    for number, part in enumerate(parts)
-                ]
+                arrays = [nameless_array(self.folder, part.dtype, (len(everybody), *part.shape[1:])) for part in parts]
             for array, part in zip(arrays, parts, strict=True):
                 array[first : first + len(part)] = part
         return arrays
@@ -104,20 +98,20 @@ class Ground:
     @cached_property
     def everybody(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Who is judged (N, k H, k W), as phase 4 reads them, and the shapes of the test's files."""
-        config, errors, images, shapes = self.config, [], [], []
-        finest, size = tuple(self.normals.file_sizes[1]), config.inference.batch_size
-        for batch in read_batches(self.records, config.data, size, errors, config.reader.magnification, finest):
-            images += [sample.image for _, sample in batch]
-            shapes += [sample.original_shape for _, sample in batch]
-        if errors:
-            raise UsageError(f"{len(errors)} of {len(self.records)} radiographs of the test split cannot be read")
+        times, finest = self.config.reader.magnification, tuple(self.normals.file_sizes[1])
+        samples = [one for batch in read_all(self.records, self.config.data, times, finest) for _, one in batch]
+        images, shapes = [one.image for one in samples], [one.original_shape for one in samples]
         return np.concatenate([self.normals.images, np.stack(images)]), shapes
+
+    def identity(self, config: Config) -> dict:
+        """What shapes anything that is trained here."""
+        whole = reader_identity(self.model, config, self.training.pictures)
+        precision = training_precision(config.runtime, self.model.device.type == "cpu")
+        return whole | {"precision": precision, "read_in": config.inference.precision}
 
     def pool(self, config: Config) -> Pool:
         """Features of the training normals and of their corrupted copies, for these fills."""
-        whole = reader_identity(self.model, config, self.training.pictures)
-        identity = {name: value for name, value in whole.items() if name not in LEARNING}
-        identity |= {"read_in": config.inference.precision}
+        identity = {name: value for name, value in self.identity(config).items() if name not in LEARNING}
         folder = self.folder / f"pool_{name_of(config.reader.fills)}"
         return make_pool(self.model, self.extractor, self.training.images, config, identity, folder)
 
@@ -126,18 +120,17 @@ class Ground:
         name = name_of(fills)
         if name not in self._tuned:
             config = replace(self.config, reader=replace(self.config.reader, fills=fills))
-            identity = reader_identity(self.model, config, self.training.pictures)
+            identity = self.identity(config)
             identity = {key: value for key, value in identity.items() if key not in self.model.identity}  # G unseen
             last = self.folder / f"tuned_{name}.pt"
-            network = fit_tuned(self.training.images, config, identity, last, self.model.device)
-            everybody, size, found = self.everybody[0], config.inference.batch_size, []
-            places = positions(everybody.shape[1:], [WHOLE], self.model.device)
-            for first in bar(range(0, len(everybody), size), desc="the tuned backbone", unit="batch"):
-                batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1).to(self.model.device)
-                with torch.no_grad(), self.model.computing():
-                    logits = network.look(batch, places.expand(len(batch), -1, -1, -1), config.reader.tuned_mirror)
-                found.append(logits[:, 0].half().cpu().numpy())
-            self._tuned = {name: np.concatenate(found)}  # of one set of fills at a time
+            network, everybody = (
+                fit_tuned(self.training.images, config, identity, last, self.model.device),
+                self.everybody[0],
+            )
+            alone = Alone(network, everybody.shape[1:], config.reader.tuned_mirror, self.model.device)
+            with self.model.computing():
+                found = verdicts(AS_THEY_ARE, alone, everybody, config, "the tuned backbone")
+            self._tuned = {name: found[:, 0].numpy()}  # of one set of fills at a time
         return self._tuned[name]
 
 
@@ -179,10 +172,7 @@ def logits_of(
 def verdicts_of(logits: np.ndarray, ground: Ground, config: Config) -> Verdicts:
     """Maps and scores of the test split from logits of everybody, standardized by those of the validation normals."""
     normals = len(ground.normals.images)
-    views = NormalViews(
-        torch.from_numpy(logits[:normals, None]),
-        replace(config.reader, smallest_spread=config.reader.smallest_verdict_spread),
-    )
+    views = views_of_verdicts(torch.from_numpy(logits[:normals, None]), config)
     usual = [blur_share(views.left_out(number), config.inference.smooth_share) for number in range(normals)]
     verdicts = Verdicts(pixel_threshold=threshold_from_normals(torch.cat(usual).numpy().ravel(), PIXEL_FPR))
     known, shapes = views.statistics(), ground.everybody[1]

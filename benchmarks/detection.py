@@ -181,11 +181,8 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
 
 def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
     """What makes two parts comparable: radiographs by their manifest, flags with paths by their last name, networks."""
-    manifest = options.data if options.data.is_file() else options.data / "manifest.csv"
-    if not manifest.is_file():
-        raise UsageError(f"{options.data.name} has no manifest.csv: a comparison needs splits and labels")
     named = [Path(word).name if "/" in word else word for word in flags]
-    asked = {"manifest_sha256": sha256(manifest), "flags": named}
+    asked = {"manifest_sha256": manifest_sha256(options.data), "flags": named}
     if row.startswith("reader"):
         asked["reader_recipe"] = RECIPE  # what no flag says: how today's code makes a reader
     if row in PEERS:
@@ -201,6 +198,14 @@ def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
         precision = reading_precision(config.inference, device)
         asked |= {"reads_in": precision} if precision != "float32" else {}  # a preset may say it, and the hardware
     return asked
+
+
+def manifest_sha256(data: Path) -> str:
+    """Of the manifest that names the radiographs; UsageError where there is none."""
+    manifest = data if data.is_file() else data / "manifest.csv"
+    if not manifest.is_file():
+        raise UsageError(f"{data.name} has no manifest.csv: a comparison needs splits and labels")
+    return sha256(manifest)
 
 
 def peer_settings(row: str) -> dict:

@@ -63,10 +63,12 @@ def splits_of(config: DataConfig) -> dict[str, list[Record]]:
     return splits
 
 
-def read_all(records: list[Record], config: DataConfig) -> Iterator[list[tuple[int, Sample]]]:
+def read_all(
+    records: list[Record], config: DataConfig, times: int = 1, finest: tuple[int, int] | None = None
+) -> Iterator[list[tuple[int, Sample]]]:
     """Batches of (position, sample); UsageError for a file that cannot be read: a comparison leaves nothing out."""
     errors = []
-    yield from read_batches(records, config, BATCH, errors)
+    yield from read_batches(records, config, BATCH, errors, times, finest)
     if errors:
         number = [record.path for record in records].index(errors[0].path)
         raise UsageError(f"radiograph {number} of {len(records)} (counted from 0) cannot be read: {errors[0].reason}")

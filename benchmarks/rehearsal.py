@@ -25,7 +25,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from anomaly import image_score
-from calibration import NEEDED
+from calibration import NEEDED, views_of_verdicts
 from checks import UsageError
 from command_line import parse_command
 from config import Config
@@ -37,7 +37,6 @@ from metrics import auroc, pixel_average_precision
 from normalizer import Normalizer
 from reader import Reader
 from runtime import run_script, stream_seed
-from standardization import NormalViews
 from survey import magnification_of
 
 HEIGHT = 512  # of the image whose pixels the radii below are given in
@@ -78,8 +77,7 @@ def write_table(rows: list[list], out: Path) -> None:
 
 def rehearse(model: Normalizer, reader: Reader, normals: np.ndarray, config: Config) -> list[list]:
     """A row of COLUMNS for each kind of thing, and the mean of each family."""
-    floor = replace(config.reader, smallest_spread=config.reader.smallest_verdict_spread)
-    views = NormalViews(verdicts(model, reader, normals, config), floor)
+    views = views_of_verdicts(verdicts(model, reader, normals, config), config)
     own = [views.left_out(number) for number in range(len(normals))]
     usual = [float(image_score(each, config.reader.top_share)) for each in own]
     rows = []
@@ -102,7 +100,7 @@ def verdicts(
 ) -> torch.Tensor:
     """The reader's logits of images (N, H, W), (N, 1, H, W) on the CPU, in half precision."""
     times, size, found = magnification_of(config), config.inference.batch_size, []
-    for first in tqdm(range(0, len(images), size), desc=f"rehearsal: {what}", unit="batch"):
+    for first in tqdm(range(0, len(images), size), desc=what, unit="batch"):
         batch = torch.from_numpy(images[first : first + size]).unsqueeze(1)
         found.append(reader.logits(model.examine(batch, times)).half().cpu())
     return torch.cat(found)

@@ -25,6 +25,8 @@ from runtime import run_script
 from tuned_backbone import TunedBackbone
 from tuned_training import fit_tuned
 
+AS_THEY_ARE = SimpleNamespace(examine=lambda batch, times: batch)  # stands where G would, which nobody asks here
+
 
 class Alone:
     """Stands where a reader would: what the tuned backbone says of images, and nothing else."""
@@ -47,9 +49,8 @@ def main() -> None:
     last = Path(config.inference.calibration) / "tuning_last.pt"
     network = fit_tuned(training, config, identity, last, model.device)
     normals = read_normals(model, config, "val").images
-    as_they_are = SimpleNamespace(examine=lambda batch, times: batch)
     alone = Alone(network, normals.shape[1:], config.reader.tuned_mirror, model.device)
-    rows = rehearse(as_they_are, alone, normals, config)
+    rows = rehearse(AS_THEY_ARE, alone, normals, config)
     write_table(rows, Path(config.inference.output) / "tuning.csv")
 
 

@@ -1,6 +1,5 @@
 """The ablation of the reader: what a row leaves out, and a run on the tiny pipeline."""
 
-import json
 import sys
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from pipeline import ROOT, flags_of, run_benchmark, sources
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation
 import ablation_ground
+import detection
 
 from checks import UsageError
 from config_reading import ReaderConfig
@@ -62,12 +62,13 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
     asked = [*flags, "--reader.tuned-steps", "1", "--results", results, "--rows", rows]
     run_benchmark(ablation.main, monkeypatch, *asked)
     networks, both = (
-        [json.loads(path.read_text()) for path in sorted(results.glob(f"{way}/*.json"))]
+        {part["row"]: part for part in map(detection.read_part, results.glob(f"{way}/*.json"))}
         for way in ("networks", "with_the_tuned_backbone")
     )
-    assert [part["row"] for part in networks] == ["everything", "without G", "without rim"]
-    assert [part["row"] for part in both] == ["everything", "without G", "the tuned backbone alone", "without rim"]
-    assert networks[0]["mean_over_kinds"] != networks[1]["mean_over_kinds"] != both[1]["mean_over_kinds"]
+    assert set(networks) == {"everything", "without G", "without rim"}
+    assert set(both) == {*networks, "the tuned backbone alone"}
+    means = [parts["without G"]["mean_over_kinds"] for parts in (networks, both)]
+    assert networks["everything"]["mean_over_kinds"] != means[0] != means[1]
     assert (results / "table.md").read_text().count("| everything |") == 2
     capsys.readouterr()
     monkeypatch.setattr(ablation, "judged_both_ways", lambda *_: pytest.fail("run again"))
@@ -94,6 +95,12 @@ def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path):
     said = ablation_ground.logits_of(kept, model, everybody[:3], [part[:3] for part in features], config)
     seen = model.examine(torch.from_numpy(everybody[:3]).unsqueeze(1), 1)
     assert np.abs(said - own.logits(seen)[:, 0].numpy()).max() < 0.02
+
+
+def test_the_tuned_backbone_alone_is_refused_where_none_is_tuned():
+    with pytest.raises(UsageError, match="reader.tuned_steps is 0"):
+        ablation.ways_of(ablation.TUNED, tuned=False)
+    assert ablation.ways_of("everything", tuned=False) == (ablation.NETWORKS,)
 
 
 def test_an_unknown_row_is_refused(monkeypatch):

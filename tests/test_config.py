@@ -163,7 +163,6 @@ BAD = [
     (c.CalibrationConfig, "calibration.regularization", {"regularization": 0.0}),
     (c.CalibrationConfig, "calibration.corrupted", {"corrupted": 0}),
     (c.CalibrationConfig, "calibration.least_change", {"least_change": 5.0}),
-    (c.ReaderConfig, "reader.faintest", {"faintest": 0.0}),
     (c.ReaderConfig, "reader.ema_decay", {"ema_decay": 1.0}),
     (c.CalibrationConfig, "calibration.largest_deviation", {"largest_deviation": 1e300}),
     (c.CalibrationConfig, "calibration.most_corruptions", {"most_corruptions": 10**20}),
