@@ -123,10 +123,8 @@ class Ground:
             identity = self.identity(config)
             identity = {key: value for key, value in identity.items() if key not in self.model.identity}  # G unseen
             last = self.folder / f"tuned_{name}.pt"
-            network, everybody = (
-                fit_tuned(self.training.images, config, identity, last, self.model.device),
-                self.everybody[0],
-            )
+            network = fit_tuned(self.training.images, config, identity, last, self.model.device)
+            everybody = self.everybody[0]
             alone = Alone(network, everybody.shape[1:], config.reader.tuned_mirror, self.model.device)
             with self.model.computing():
                 found = verdicts(AS_THEY_ARE, alone, everybody, config, "the tuned backbone")
