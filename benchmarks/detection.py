@@ -6,7 +6,6 @@
     --size 256            pixels of G's side, and of the peers' images
     --networks FOLDER     --outputs of phases 1 to 3 that are trained already; without it, they are run
     --outputs FOLDER      where networks and maps go; what is there already is taken up, so that a killed run goes on
-                          (a peer begins anew)
     --results FOLDER      where each finished part is kept as JSON, and the table of all parts as table.md
     FLAGS                 anything else goes to the four phases, such as --preset cpu --vae.pretrained MODELS/taesd
 
@@ -21,6 +20,7 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from peers.training import numbers_of
 from protocol import Verdicts, examine, judge, splits_of
 from seeds import spread
 
@@ -169,11 +170,13 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     if row in OURS:
         verdicts, settings = run_ours(row, whole, folder, options.networks)
     else:
-        verdicts, settings = run_peer(row, seed, whole)
+        verdicts, settings = run_peer(row, seed, [*whole, "--inference.calibration", str(folder / row)])
     judged = judge(verdicts)
     part = {"row": row, "seed": seed, "size": options.size, "asked": asked, "settings": settings, "commit": commit()}
     part |= {"minutes": round((time.monotonic() - began) / 60, 1), "hardware": hardware()}
     write_json(path, part | judged)
+    if row in PEERS:
+        shutil.rmtree(folder / row, ignore_errors=True)  # what an interrupted training would have gone on from
     mean = judged["mean_over_kinds"]
     auroc, pixel_ap = (spread([mean[name]]) for name in ("auroc", "pixel_ap"))
     print(f"{row}, seed {seed}: image AUROC {auroc}, pixel AP {pixel_ap}, kept in {path}")
@@ -186,7 +189,7 @@ def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
     if row.startswith("reader"):
         asked["reader_recipe"] = RECIPE  # what no flag says: how today's code makes a reader
     if row in PEERS:
-        asked["peer"] = peer_settings(row)
+        asked["peer"] = numbers_of(importlib.import_module(f"peers.{row}"))
     if row in OURS and options.networks:
         trained = options.networks / "phase3_flowdiff/checkpoint_best.pt"
         if not trained.is_file():
@@ -206,14 +209,6 @@ def manifest_sha256(data: Path) -> str:
     if not manifest.is_file():
         raise UsageError(f"{data.name} has no manifest.csv: a comparison needs splits and labels")
     return sha256(manifest)
-
-
-def peer_settings(row: str) -> dict:
-    """The numbers at the top of a peer's file, the device it is trained on among them."""
-    module = importlib.import_module(f"peers.{row}")
-    named = {name: value for name, value in vars(module).items() if name.isupper()}
-    plain = {name: value for name, value in named.items() if isinstance(value, (int, float, str, tuple))}
-    return json.loads(json.dumps(plain))  # as it will be read again
 
 
 def size_flags(size: int) -> list[str]:

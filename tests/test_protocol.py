@@ -19,7 +19,7 @@ import protocol
 
 from backbone import backbone_name
 from checks import UsageError
-from config import Config, DataConfig, VAEConfig
+from config import Config, DataConfig, InferenceConfig, VAEConfig
 from metrics import auroc
 from phantoms.phantom import main as draw_phantoms
 
@@ -65,14 +65,20 @@ def test_unlabelled_images_are_not_judged_and_one_class_is_refused(phantoms, tmp
         protocol.splits_of(replace(phantoms, root=str(tmp_path)))
 
 
-def peer_of(name, **more):
-    config = Config(vae=VAEConfig(pretrained=str(ROOT / "assets/phantom_vae")))
-    return getattr(importlib.import_module(f"peers.{name}"), detection.PEERS[name])(0, config, **more)
+@pytest.fixture
+def peer_of(tmp_path):
+    calibration = InferenceConfig(calibration=str(tmp_path / "peer"))
+    config = Config(vae=VAEConfig(pretrained=str(ROOT / "assets/phantom_vae")), inference=calibration)
+
+    def made(name, seed=0, **more):
+        return getattr(importlib.import_module(f"peers.{name}"), detection.PEERS[name])(seed, config, **more)
+
+    return made
 
 
 @needs_backbone
 @pytest.mark.parametrize("name", ["nearest", "padim", "patchcore"])
-def test_each_peer_sees_a_square_that_no_normal_has(name):
+def test_each_peer_sees_a_square_that_no_normal_has(name, peer_of):
     random = np.random.default_rng(0)
     normals = 0.1 * random.standard_normal((12, 64, 128)).astype(np.float32)
     strange = normals[:2].copy()
@@ -88,7 +94,7 @@ TRAINED = {"denoising": 60, "latent_repair": 40}  # and steps that suffice here
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
-def test_each_peer_that_is_trained_sees_a_square_after_a_few_steps(name):
+def test_each_peer_that_is_trained_sees_a_square_after_a_few_steps(name, peer_of):
     rows, columns = np.mgrid[:32, :64].astype(np.float32)
     shifts = np.linspace(0, 1, 12, dtype=np.float32)
     normals = np.stack([0.4 * np.sin(columns / 9 + shift) * np.cos(rows / 7) - 0.2 for shift in shifts])
@@ -101,7 +107,7 @@ def test_each_peer_that_is_trained_sees_a_square_after_a_few_steps(name):
     assert loud[:, 10:20, 20:32].mean() > 1.25 * loud[:, :, 44:].mean()
 
 
-def test_both_networks_of_draem_learn_and_say_a_probability():
+def test_both_networks_of_draem_learn_and_say_a_probability(peer_of):
     clean = torch.linspace(-0.6, 0.4, 32).repeat(8, 1, 16, 1)
     peer = peer_of("draem", steps=40)
     peer.textures = clean
@@ -112,7 +118,7 @@ def test_both_networks_of_draem_learn_and_say_a_probability():
     assert maps.shape == (8, 16, 32) and maps.min() >= 0 and scores.max() <= maps.max() <= 1
 
 
-def test_the_diffusion_of_pixels_learns_its_noise_and_examines_with_the_mean_of_its_weights():
+def test_the_diffusion_of_pixels_learns_its_noise_and_examines_with_the_mean_of_its_weights(peer_of):
     normals = np.zeros((4, 16, 32), np.float32)
     peer = peer_of("anoddpm", steps=40)
     clean = torch.zeros(8, 1, 16, 32)
@@ -125,6 +131,37 @@ def test_the_diffusion_of_pixels_learns_its_noise_and_examines_with_the_mean_of_
     assert maps.shape == (4, 16, 32) and scores.shape == (4,) and np.isfinite(maps).all() and maps.min() >= 0
 
 
+@pytest.mark.parametrize("name", ["anoddpm", "denoising", "draem", "latent_repair"])
+def test_a_peer_whose_training_was_stopped_goes_on_to_the_same_maps(name, peer_of, monkeypatch):
+    normals = np.random.default_rng(0).uniform(-1, 1, (6, 32, 64)).astype(np.float32)
+    whole = peer_of(name, steps=6)
+    whole.fit(normals)
+    monkeypatch.setattr("peers.training.SAVE_EVERY", 2)
+    loss_of = type(whole)._loss
+    seen = []
+
+    def until(most):
+        def counted(self, batch):
+            if len(seen) == most:
+                raise KeyboardInterrupt
+            seen.append(batch)
+            return loss_of(self, batch)
+
+        seen.clear()
+        monkeypatch.setattr(type(whole), "_loss", counted)
+
+    for seed in (1, 0):  # what another seed left is not gone on from
+        until(3)
+        with pytest.raises(KeyboardInterrupt):
+            peer_of(name, seed=seed, steps=6).fit(normals)
+    until(6)
+    resumed = peer_of(name, steps=6)
+    resumed.fit(normals)
+    assert len(seen) == 4  # those after the second, with which it was kept
+    again, once = resumed.score(normals[:2]), whole.score(normals[:2])
+    assert all(np.array_equal(a, b) for a, b in zip(again, once, strict=True))
+
+
 def test_gradient_noise_is_nothing_at_its_corners_and_about_one_at_most():
     from peers.training import gradient_noise
 
@@ -133,7 +170,7 @@ def test_gradient_noise_is_nothing_at_its_corners_and_about_one_at_most():
     assert 0.7 < noise.abs().max() <= 1 and abs(noise.mean()) < 0.02
 
 
-def test_what_the_peers_spoil_is_what_they_say():
+def test_what_the_peers_spoil_is_what_they_say(peer_of):
     clean = torch.zeros(64, 1, 32, 32)
     draem = peer_of("draem")
     draem.textures = torch.ones(3, 1, 32, 32)
@@ -151,7 +188,7 @@ def test_what_the_peers_spoil_is_what_they_say():
     assert 0.2 < coarse.std() < 0.45
 
 
-def test_the_way_back_of_a_known_image_is_that_image():
+def test_the_way_back_of_a_known_image_is_that_image(peer_of):
     """Told the true noise at every step, the walk ends at the clean image whatever noise is added on the way."""
     anoddpm = peer_of("anoddpm")
     clean = torch.linspace(-1, 1, 64).reshape(1, 1, 8, 8)
@@ -162,7 +199,7 @@ def test_the_way_back_of_a_known_image_is_that_image():
     torch.testing.assert_close(z, clean, rtol=0, atol=1e-5)
 
 
-def test_an_image_that_the_diffusion_knows_comes_back_from_the_walk(monkeypatch):
+def test_an_image_that_the_diffusion_knows_comes_back_from_the_walk(monkeypatch, peer_of):
     anoddpm, x = peer_of("anoddpm"), np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 8, 8)
 
     def knows(z, now):
@@ -173,7 +210,7 @@ def test_an_image_that_the_diffusion_knows_comes_back_from_the_walk(monkeypatch)
     assert np.abs(anoddpm.score(x)[0]).max() < 1e-6
 
 
-def test_the_repairing_network_of_draem_hears_of_its_coarsest_level_alone():
+def test_the_repairing_network_of_draem_hears_of_its_coarsest_level_alone(peer_of):
     draem = peer_of("draem")
     assert draem.repair.up[0][0].in_channels == draem.repair.down[0][0].out_channels
     assert draem.find.up[0][0].in_channels == 2 * draem.find.down[0][0].out_channels
@@ -195,7 +232,7 @@ def test_a_part_of_a_peer_says_with_what_numbers_it_was_made(phantoms, tmp_path,
 
 
 @needs_backbone
-def test_the_nearest_neighbour_of_a_training_normal_is_itself_unless_it_is_left_out():
+def test_the_nearest_neighbour_of_a_training_normal_is_itself_unless_it_is_left_out(peer_of):
     normals = np.random.default_rng(0).uniform(-1, 1, (4, 64, 64)).astype(np.float32)
     peer = peer_of("nearest")
     peer.fit(normals)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from anomaly import image_score
 from config import Config
-from peers.training import DEVICE, autocast, gradient_noise, refuse_size, timed_unet, train
+from peers.training import DEVICE, Lessons, autocast, gradient_noise, refuse_size, timed_unet, train
 
 CHANNELS = {"cuda": (128, 128, 256, 384, 512), "cpu": (8, 16, 32, 64)}[DEVICE]
 BATCH = 4
@@ -34,7 +34,7 @@ class Anoddpm:
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
         refuse_size(config, 2 ** (len(CHANNELS) - 1), "AnoDDPM")
-        self.steps, self.random = steps, torch.Generator().manual_seed(seed)
+        self.config, self.steps, self.random = config, steps, torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.network = timed_unet(1, CHANNELS, groups=4)
         self.kept = (1 - torch.linspace(1e-4, 0.02, LENGTH)).cumprod(0)  # share of the image's variance at each step
@@ -50,7 +50,8 @@ class Anoddpm:
                 torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - EMA)
 
         optimizer.register_step_post_hook(average)
-        train(optimizer, self._loss, normals, BATCH, self.steps, self.random, "AnoDDPM")
+        lessons = Lessons("AnoDDPM", normals, BATCH, self.steps, self.random)
+        train([self.network, averaged], optimizer, self._loss, lessons, self.config)
         self.network = averaged.eval()
 
     def _loss(self, clean: Tensor) -> Tensor:

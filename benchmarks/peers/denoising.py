@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from anomaly import image_score
 from config import Config
-from peers.training import DEVICE, UNet, autocast, on_device, train
+from peers.training import DEVICE, Lessons, UNet, autocast, on_device, train
 
 WIDTH = {"cuda": 64, "cpu": 16}[DEVICE]
 BATCH = {"cuda": 16, "cpu": 4}[DEVICE]
@@ -29,14 +29,15 @@ class Denoising:
     """What a network that removes coarse noise takes away."""
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
-        self.steps, self.random = steps, torch.Generator().manual_seed(seed)
+        self.config, self.steps, self.random = config, steps, torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.network = on_device(UNet(1, 1, WIDTH, 4, norm=lambda channels: nn.GroupNorm(8, channels)))
 
     def fit(self, normals: np.ndarray) -> None:
         """Train the network."""
         optimizer = torch.optim.Adam(self.network.parameters(), lr=LR, amsgrad=True, weight_decay=1e-5)
-        train(optimizer, self._loss, normals, BATCH, self.steps, self.random, "denoising autoencoder")
+        lessons = Lessons("denoising autoencoder", normals, BATCH, self.steps, self.random)
+        train([self.network], optimizer, self._loss, lessons, self.config)
         self.network.eval()
 
     def _loss(self, clean: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from config import Config
 from model import ssim
-from peers.training import DEVICE, UNet, autocast, gradient_noise, on_device, refuse_size, train
+from peers.training import DEVICE, Lessons, UNet, autocast, gradient_noise, on_device, refuse_size, train
 
 WIDTHS = {"cuda": (128, 64), "cpu": (8, 8)}[DEVICE]  # of the repairing and of the finding network
 BATCH = {"cuda": 8, "cpu": 4}[DEVICE]
@@ -32,7 +32,7 @@ class Draem:
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
         refuse_size(config, 2 ** (LEVELS - 1), "DRAEM")
-        self.steps, self.random = steps, torch.Generator().manual_seed(seed)
+        self.config, self.steps, self.random = config, steps, torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.repair = on_device(UNet(1, 1, WIDTHS[0], LEVELS, nn.BatchNorm2d, skips=False))
         self.find = on_device(UNet(2, 1, WIDTHS[1], LEVELS, nn.BatchNorm2d))
@@ -42,7 +42,8 @@ class Draem:
         self.textures = torch.from_numpy(normals).unsqueeze(1)
         parameters = [*self.repair.parameters(), *self.find.parameters()]
         optimizer = torch.optim.Adam(parameters, lr=LR)
-        train(optimizer, self._loss, normals, BATCH, self.steps, self.random, "DRAEM")
+        lessons = Lessons("DRAEM", normals, BATCH, self.steps, self.random)
+        train([self.repair, self.find], optimizer, self._loss, lessons, self.config)
         self.repair.eval()
         self.find.eval()
 

@@ -17,7 +17,7 @@ from checks import UsageError
 from config import Config
 from model import pretrained_vae
 from peers.frozen import in_batches
-from peers.training import DEVICE, autocast, refuse_size, timed_unet, train
+from peers.training import DEVICE, Lessons, autocast, refuse_size, timed_unet, train
 
 CHANNELS = {"cuda": (128, 256, 512, 512), "cpu": (64, 128, 192)}[DEVICE]
 BATCH = {"cuda": 32, "cpu": 16}[DEVICE]
@@ -32,7 +32,7 @@ class LatentRepair:
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
         refuse_size(config, 8 * 2 ** (len(CHANNELS) - 1), "latent repair")
-        self.steps, self.random = steps, torch.Generator().manual_seed(seed)
+        self.config, self.steps, self.random = config, steps, torch.Generator().manual_seed(seed)
         self.seed = seed
         if config.vae.pretrained == "scratch":
             raise UsageError(
@@ -48,12 +48,12 @@ class LatentRepair:
         torch.manual_seed(self.seed)
         self.network = timed_unet(self.normal.shape[1], CHANNELS, groups=16)
         optimizer = torch.optim.AdamW(self.network.parameters(), lr=LR)
-        rows = np.arange(len(self.normal))
-        train(optimizer, self._loss, rows, BATCH, self.steps, self.random, "latent repair")
+        lessons = Lessons("latent repair", self.normal.numpy(), BATCH, self.steps, self.random)
+        train([self.network], optimizer, self._loss, lessons, self.config)
         self.network.eval()
 
-    def _loss(self, rows: Tensor) -> Tensor:
-        z = self.normal[rows.flatten()]
+    def _loss(self, latents: Tensor) -> Tensor:
+        z = latents.squeeze(1)
         spoilt = self.spoilt(z)
         time = torch.rand(len(z), generator=self.random)
         between = torch.lerp(spoilt, z, time.reshape(-1, 1, 1, 1)).to(DEVICE)

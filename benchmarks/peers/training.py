@@ -2,10 +2,16 @@
 
 Each says what it is on a GPU, with the settings of its paper where that gives them, and for a CPU a narrow network and
 a number of steps that take one core about half an hour, as long as the reader takes there: not what a GPU would make
-of it. They take the GPU where there is one.
+of it. They take the GPU where there is one. A training that was killed goes on as if it had not been.
 """
 
+import hashlib
+import json
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -16,9 +22,13 @@ from tqdm import tqdm
 
 from checks import UsageError
 from config import Config
+from files import load_checkpoint, save_checkpoint
+from interruption import Steps, remember
 from runtime import multiplies_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SAVE_EVERY = 100  # steps
+KIND = "peer in training"
 
 
 def on_device(network: nn.Module) -> nn.Module:
@@ -31,22 +41,46 @@ def autocast() -> torch.autocast:
     return torch.autocast(DEVICE, torch.bfloat16, enabled=multiplies_bf16(DEVICE == "cpu"))
 
 
+@dataclass(frozen=True)
+class Lessons:
+    """What a peer is trained on: batches of (N, ...), so many and so large, drawn with replacement."""
+
+    name: str
+    images: np.ndarray
+    batch: int
+    steps: int
+    random: torch.Generator
+
+    def identity(self) -> dict:
+        """What tells this training from others."""
+        shape = list(self.images.shape)
+        content = hashlib.sha256(np.ascontiguousarray(self.images)).hexdigest()
+        numbers = {"batch": self.batch, "steps": self.steps, "seed": self.random.initial_seed()}
+        return {"name": self.name, "shape": shape, "content": content, **numbers}
+
+
 def train(
+    networks: list[nn.Module],
     optimizer: torch.optim.Optimizer,
     loss_of: Callable[[Tensor], Tensor],
-    images: np.ndarray,
-    batch: int,
-    steps: int,
-    random: torch.Generator,
-    name: str,
+    lessons: Lessons,
+    config: Config,
 ) -> None:
-    """`steps` steps on batches of (N, H, W) drawn with replacement, the learning rate falling as a cosine."""
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    everyone = torch.from_numpy(images).unsqueeze(1)
+    """As many steps as the lessons have, the learning rate falling as a cosine.
+
+    loss_of, a method of a peer, takes a batch (B, 1, ...). All of `networks`, averages among them, are kept with the
+    optimizer and the random numbers in --inference.calibration, and an interrupted training goes on from there.
+    """
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lessons.steps)
+    everyone = torch.from_numpy(lessons.images).unsqueeze(1)
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    with tqdm(range(steps), desc=name, unit="step") as progress:
-        for step in progress:
-            rows = torch.randint(len(everyone), (batch,), generator=random)
+    last = last_of(lessons.name, config)
+    identity = lessons.identity() | {"numbers": numbers_of(sys.modules[loss_of.__module__])}
+    begun = take_up(last, identity, networks, optimizer, schedule, lessons.random) if config.runtime.resume else 0
+    with tqdm(total=lessons.steps, initial=begun, desc=lessons.name, unit="step") as progress:
+        steps = Steps()
+        for step in steps.of(range(begun, lessons.steps)):
+            rows = torch.randint(len(everyone), (lessons.batch,), generator=lessons.random)
             loss = loss_of(everyone[rows])
             optimizer.zero_grad()
             loss.backward()
@@ -55,6 +89,47 @@ def train(
             schedule.step()
             if step % 50 == 0:
                 progress.set_postfix(loss=f"{loss.item():.4f}")
+            progress.update()
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == lessons.steps or steps.asked:
+                state = {"networks": [network.state_dict() for network in networks]}
+                state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+                state |= {"random": lessons.random.get_state(), "step": step + 1, "identity": identity}
+                last.parent.mkdir(parents=True, exist_ok=True)
+                save_checkpoint(last, KIND, state)
+                remember(f"the same command goes on with {lessons.name}, step {step + 1} of {lessons.steps}")
+
+
+def take_up(
+    last: Path,
+    identity: dict,
+    networks: list[nn.Module],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    random: torch.Generator,
+) -> int:
+    """The step after which a training of this identity goes on, and its state; 0 where there is none."""
+    if not last.is_file():
+        return 0
+    stored = load_checkpoint(last, KIND, f"the same command after removing {last.name}")
+    if stored["identity"] != identity:
+        return 0
+    for network, weights in zip(networks, stored["networks"], strict=True):
+        network.load_state_dict(weights)
+    optimizer.load_state_dict(stored["optimizer"])
+    schedule.load_state_dict(stored["schedule"])
+    random.set_state(stored["random"])
+    return stored["step"]
+
+
+def numbers_of(module: ModuleType) -> dict:
+    """Those at the top of a peer's file, the device it is trained on among them, as JSON gives them back."""
+    named = {name: value for name, value in vars(module).items() if name.isupper()}
+    return json.loads(json.dumps({n: v for n, v in named.items() if isinstance(v, (int, float, str, tuple))}))
+
+
+def last_of(name: str, config: Config) -> Path:
+    """Where a training is kept on the way."""
+    return Path(config.inference.calibration) / f"{name.replace(' ', '_')}_last.pt"
 
 
 def gradient_noise(count: int, size: tuple[int, int], cells: tuple[int, int], random: torch.Generator) -> Tensor:
