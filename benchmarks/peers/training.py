@@ -107,18 +107,25 @@ def take_up(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     random: torch.Generator,
 ) -> int:
-    """The step after which a training of this identity goes on, and its state; 0 where there is none."""
+    """The step after which a training of this identity goes on, and its state; 0 where there is none.
+
+    UsageError if the file is damaged.
+    """
     if not last.is_file():
         return 0
-    stored = load_checkpoint(last, KIND, f"the same command after removing {last.name}")
-    if stored["identity"] != identity:
-        return 0
-    for network, weights in zip(networks, stored["networks"], strict=True):
-        network.load_state_dict(weights)
-    optimizer.load_state_dict(stored["optimizer"])
-    schedule.load_state_dict(stored["schedule"])
-    random.set_state(stored["random"])
-    return stored["step"]
+    remedy = f"python benchmarks/detection.py after removing {last.name}"
+    stored = load_checkpoint(last, KIND, remedy)
+    try:
+        if stored["identity"] != identity:
+            return 0
+        for network, weights in zip(networks, stored["networks"], strict=True):
+            network.load_state_dict(weights)
+        optimizer.load_state_dict(stored["optimizer"])
+        schedule.load_state_dict(stored["schedule"])
+        random.set_state(stored["random"])
+        return stored["step"]
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{last} is of another version or damaged: run {remedy}") from error
 
 
 def numbers_of(module: ModuleType) -> dict:
