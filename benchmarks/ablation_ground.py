@@ -1,6 +1,8 @@
 """What the rows of ablation.py share: features, corruptions and a tuned backbone, each made once and kept on disk."""
 
+import hashlib
 import json
+import shutil
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,16 +22,18 @@ from config import Config
 from config_reading import ReaderConfig
 from examination import Normals, read_normals
 from features import FEATURES, FeatureExtractor
+from files import write_json
 from normalizer import Examined, Normalizer
 from progress import bar
 from radiographs.geometry import unfit_map
 from reader import Reader
 from reader_training import LEARNING, RECIPE, Pool, make_pool, reader_identity
 from runtime import training_precision
-from scratch import nameless_array
+from scratch import array_at
 from thresholds import threshold_from_normals
 from tuned_training import fit_tuned
 
+KEPT = "judged.json"  # written last: without it features are not whole
 Channel = tuple[str, str]  # a feature of the reader, and which part of it
 
 
@@ -82,17 +86,29 @@ class Ground:
 
     @cached_property
     def features(self) -> list[np.ndarray]:
-        """Of everybody, each float16 (N, F, h, w)."""
+        """Of everybody, each float16 (N, F, h, w); kept on disk for the next command."""
         everybody, _ = self.everybody
-        size, arrays = self.config.inference.batch_size, []
+        size, folder, arrays = self.config.inference.batch_size, self.folder / "judged", []
+        identity = self.features_identity(self.config) | {"judged": pixels_sha256(everybody)}
+        found = kept_features(folder, identity)
+        if found:
+            return found
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         for first in bar(range(0, len(everybody), size), desc="features of those judged", unit="batch"):
             batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1)
             maps = self.extractor(self.model.examine(batch, self.config.reader.magnification))
             parts = [part.half().cpu().numpy() for part in maps]
             if not arrays:
-                arrays = [nameless_array(self.folder, part.dtype, (len(everybody), *part.shape[1:])) for part in parts]
+                arrays = [
+                    array_at(folder / f"{number:02d}.npy", part.dtype, (len(everybody), *part.shape[1:]))
+                    for number, part in enumerate(parts)
+                ]
             for array, part in zip(arrays, parts, strict=True):
                 array[first : first + len(part)] = part
+        for array in arrays:
+            array.flush()
+        write_json(folder / KEPT, {"identity": identity, "shapes": [list(array.shape) for array in arrays]})
         return arrays
 
     @cached_property
@@ -109,9 +125,13 @@ class Ground:
         precision = training_precision(config.runtime, self.model.device.type == "cpu")
         return whole | {"precision": precision, "read_in": config.inference.precision}
 
+    def features_identity(self, config: Config) -> dict:
+        """What shapes a feature."""
+        return {name: value for name, value in self.identity(config).items() if name not in LEARNING}
+
     def pool(self, config: Config) -> Pool:
         """Features of the training normals and of their corrupted copies, for these fills."""
-        identity = {name: value for name, value in self.identity(config).items() if name not in LEARNING}
+        identity = self.features_identity(config)
         folder = self.folder / f"pool_{name_of(config.reader.fills)}"
         return make_pool(self.model, self.extractor, self.training.images, config, identity, folder)
 
@@ -130,6 +150,22 @@ class Ground:
                 found = verdicts(AS_THEY_ARE, alone, everybody, config, "the tuned backbone")
             self._tuned = {name: found[:, 0].numpy()}  # of one set of fills at a time
         return self._tuned[name]
+
+
+def kept_features(folder: Path, identity: dict) -> list[np.ndarray]:
+    """What an earlier command made of this identity, mapped from disk; nothing where it is not whole."""
+    try:
+        stored = json.loads((folder / KEPT).read_text())
+        arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))]
+        whole = stored == {"identity": identity, "shapes": [list(array.shape) for array in arrays]}
+    except (OSError, EOFError, ValueError):  # there is nothing, or something else: made anew
+        return []
+    return arrays if whole else []
+
+
+def pixels_sha256(images: np.ndarray) -> str:
+    """Of images, by content."""
+    return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
 
 
 def name_of(fills: tuple[str, ...]) -> str:

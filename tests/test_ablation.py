@@ -78,7 +78,7 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
         run_benchmark(ablation.main, monkeypatch, *asked, "--reader.steps", 3)
 
 
-def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path):
+def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path, monkeypatch):
     """The networks of `everything` on features from the disk, against the reader of phase 4 that looks for itself."""
     from command_line import parse_command
     from reader import Reader
@@ -90,6 +90,10 @@ def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path):
     statistics = pool.statistics(config)
     network = ablation.fit_network(pool, statistics, config, {}, tmp_path / "last.pt", model.device)
     everybody, features = ground.everybody[0], ground.features
+    again = ablation_ground.Ground(model, config)
+    monkeypatch.setattr(again, "extractor", None)  # whom nobody asks
+    assert all(np.array_equal(*pair) for pair in zip(again.features, features, strict=True))
+    assert ablation_ground.kept_features(ground.folder / "judged", {"of": "others"}) == []
     kept = Reader(network, statistics, ablation_ground.Kept(config.reader), {})
     own = Reader(network, statistics, ground.extractor, {})
     said = ablation_ground.logits_of(kept, model, everybody[:3], [part[:3] for part in features], config)
