@@ -175,7 +175,7 @@ def make_pool(
     """The pool in `folder`: read as far as an interrupted run came, the rest made."""
     settings, size = config.reader, config.inference.batch_size
     rows = len(images) * (1 + settings.copies)
-    done, arrays = _pool_so_far(folder, identity) if config.runtime.resume else (0, [])
+    done, arrays = rows_so_far(folder, identity) if config.runtime.resume else (0, [])
     if done:
         print(f"the features of {done} of {rows} images are there already")
     else:
@@ -199,16 +199,21 @@ def make_pool(
             for array, part in zip(arrays, [*maps, shares], strict=True):
                 array[numbers.start : numbers.stop] = part
             if numbers.stop == rows or (first // size) % 8 == 7 or steps.asked:
-                for array in arrays:
-                    array.flush()
-                progress_of_pool = {"done": numbers.stop, "shapes": [list(array.shape) for array in arrays]}
-                write_json(folder / "pool.json", progress_of_pool | {"identity": identity})
+                keep_rows(folder, identity, arrays, numbers.stop)
                 remember(f"the same command goes on with the reader's features, {numbers.stop} of {rows}")
             progress.update(len(numbers))
     return Pool(arrays[:-1], arrays[-1], len(images))
 
 
-def _pool_so_far(folder: Path, identity: dict) -> tuple[int, list[np.ndarray]]:
+def keep_rows(folder: Path, identity: dict, arrays: list[np.ndarray], done: int) -> None:
+    """So many rows are whole, for `rows_so_far`; the arrays lie in `folder`, by their names in this order."""
+    for array in arrays:
+        array.flush()
+    shapes = [list(array.shape) for array in arrays]
+    write_json(folder / "pool.json", {"done": done, "shapes": shapes, "identity": identity})
+
+
+def rows_so_far(folder: Path, identity: dict) -> tuple[int, list[np.ndarray]]:
     """How many rows an interrupted run of this identity left, and its arrays; none where they are not whole."""
     try:
         stored = json.loads((folder / "pool.json").read_text())
@@ -255,7 +260,8 @@ def fit_network(
     network = ReaderEnsemble.untrained(channels, settings).to(device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     average = EMA(network, settings.ema_decay)
-    kept = LastStep(last, "reader training", identity, network, average, optimizer)
+    parts = {"weights": network, "average": average, "optimizer": optimizer}
+    kept = LastStep(last, "reader training", identity, parts)
     begun = kept.take_up(config.runtime.resume)
     known = [part.to(device) for part in statistics]
     grid = tuple(pool.changed.shape[1:])

@@ -105,7 +105,8 @@ def fit_tuned(
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
     average = EMA(network, settings.ema_decay)
-    kept = LastStep(last, "tuned backbone", identity, network, average, optimizer)
+    parts = {"weights": network, "average": average, "optimizer": optimizer}
+    kept = LastStep(last, "tuned backbone", identity, parts)
     begun = kept.take_up(config.runtime.resume)
     weight, running = torch.tensor(settings.positive_weight, device=device), None
     forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images

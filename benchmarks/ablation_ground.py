@@ -1,6 +1,5 @@
 """What the rows of ablation.py share: features, corruptions and a tuned backbone, each made once and kept on disk."""
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -22,18 +21,16 @@ from config import Config
 from config_reading import ReaderConfig
 from examination import Normals, read_normals
 from features import FEATURES, FeatureExtractor
-from files import write_json
 from normalizer import Examined, Normalizer
 from progress import bar
 from radiographs.geometry import unfit_map
 from reader import Reader
-from reader_training import LEARNING, RECIPE, Pool, make_pool, reader_identity
+from reader_training import LEARNING, RECIPE, Pool, keep_rows, make_pool, reader_identity, rows_so_far
 from runtime import training_precision
 from scratch import array_at
 from thresholds import threshold_from_normals
 from tuned_training import fit_tuned
 
-KEPT = "judged.json"  # written last: without it features are not whole
 Channel = tuple[str, str]  # a feature of the reader, and which part of it
 
 
@@ -88,27 +85,26 @@ class Ground:
     def features(self) -> list[np.ndarray]:
         """Of everybody, each float16 (N, F, h, w); kept on disk for the next command."""
         everybody, _ = self.everybody
-        size, folder, arrays = self.config.inference.batch_size, self.folder / "judged", []
-        identity = self.features_identity(self.config) | {"judged": pixels_sha256(everybody)}
-        found = kept_features(folder, identity)
-        if found:
-            return found
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for first in bar(range(0, len(everybody), size), desc="features of those judged", unit="batch"):
-            batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1)
-            maps = self.extractor(self.model.examine(batch, self.config.reader.magnification))
-            parts = [part.half().cpu().numpy() for part in maps]
-            if not arrays:
-                arrays = [
+        size, folder = self.config.inference.batch_size, self.folder / "judged"
+        shown = {"normals": self.normals.pictures, "manifest_sha256": manifest_sha256(Path(self.config.data.root))}
+        identity = self.features_identity(self.config) | shown
+        done, arrays = rows_so_far(folder, identity)
+        if not done:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        with bar(total=len(everybody), initial=done, desc="features of those judged", unit="image") as progress:
+            for first in range(done, len(everybody), size):
+                batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1)
+                maps = self.extractor(self.model.examine(batch, self.config.reader.magnification))
+                parts = [part.half().cpu().numpy() for part in maps]
+                arrays = arrays or [
                     array_at(folder / f"{number:02d}.npy", part.dtype, (len(everybody), *part.shape[1:]))
                     for number, part in enumerate(parts)
                 ]
-            for array, part in zip(arrays, parts, strict=True):
-                array[first : first + len(part)] = part
-        for array in arrays:
-            array.flush()
-        write_json(folder / KEPT, {"identity": identity, "shapes": [list(array.shape) for array in arrays]})
+                for array, part in zip(arrays, parts, strict=True):
+                    array[first : first + len(part)] = part
+                keep_rows(folder, identity, arrays, first + len(batch))
+                progress.update(len(batch))
         return arrays
 
     @cached_property
@@ -150,22 +146,6 @@ class Ground:
                 found = verdicts(AS_THEY_ARE, alone, everybody, config, "the tuned backbone")
             self._tuned = {name: found[:, 0].numpy()}  # of one set of fills at a time
         return self._tuned[name]
-
-
-def kept_features(folder: Path, identity: dict) -> list[np.ndarray]:
-    """What an earlier command made of this identity, mapped from disk; nothing where it is not whole."""
-    try:
-        stored = json.loads((folder / KEPT).read_text())
-        arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in sorted(folder.glob("*.npy"))]
-        whole = stored == {"identity": identity, "shapes": [list(array.shape) for array in arrays]}
-    except (OSError, EOFError, ValueError):  # there is nothing, or something else: made anew
-        return []
-    return arrays if whole else []
-
-
-def pixels_sha256(images: np.ndarray) -> str:
-    """Of images, by content."""
-    return hashlib.sha256(np.ascontiguousarray(images)).hexdigest()
 
 
 def name_of(fills: tuple[str, ...]) -> str:

@@ -93,7 +93,6 @@ def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path, mo
     again = ablation_ground.Ground(model, config)
     monkeypatch.setattr(again, "extractor", None)  # whom nobody asks
     assert all(np.array_equal(*pair) for pair in zip(again.features, features, strict=True))
-    assert ablation_ground.kept_features(ground.folder / "judged", {"of": "others"}) == []
     kept = Reader(network, statistics, ablation_ground.Kept(config.reader), {})
     own = Reader(network, statistics, ground.extractor, {})
     said = ablation_ground.logits_of(kept, model, everybody[:3], [part[:3] for part in features], config)

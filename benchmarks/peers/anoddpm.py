@@ -34,7 +34,8 @@ class Anoddpm:
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
         refuse_size(config, 2 ** (len(CHANNELS) - 1), "AnoDDPM")
-        self.config, self.steps, self.random = config, steps, torch.Generator().manual_seed(seed)
+        self.config, self.steps = config, steps
+        self.random = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.network = timed_unet(1, CHANNELS, groups=4)
         self.kept = (1 - torch.linspace(1e-4, 0.02, LENGTH)).cumprod(0)  # share of the image's variance at each step

@@ -29,7 +29,8 @@ class Denoising:
     """What a network that removes coarse noise takes away."""
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
-        self.config, self.steps, self.random = config, steps, torch.Generator().manual_seed(seed)
+        self.config, self.steps = config, steps
+        self.random = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.network = on_device(UNet(1, 1, WIDTH, 4, norm=lambda channels: nn.GroupNorm(8, channels)))
 

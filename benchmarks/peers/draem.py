@@ -32,7 +32,8 @@ class Draem:
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
         refuse_size(config, 2 ** (LEVELS - 1), "DRAEM")
-        self.config, self.steps, self.random = config, steps, torch.Generator().manual_seed(seed)
+        self.config, self.steps = config, steps
+        self.random = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)
         self.repair = on_device(UNet(1, 1, WIDTHS[0], LEVELS, nn.BatchNorm2d, skips=False))
         self.find = on_device(UNet(2, 1, WIDTHS[1], LEVELS, nn.BatchNorm2d))

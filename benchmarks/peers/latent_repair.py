@@ -32,7 +32,8 @@ class LatentRepair:
 
     def __init__(self, seed: int, config: Config, steps: int = STEPS):
         refuse_size(config, 8 * 2 ** (len(CHANNELS) - 1), "latent repair")
-        self.config, self.steps, self.random = config, steps, torch.Generator().manual_seed(seed)
+        self.config, self.steps = config, steps
+        self.random = torch.Generator().manual_seed(seed)
         self.seed = seed
         if config.vae.pretrained == "scratch":
             raise UsageError(

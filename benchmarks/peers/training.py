@@ -22,13 +22,12 @@ from tqdm import tqdm
 
 from checks import UsageError
 from config import Config
-from files import load_checkpoint, save_checkpoint
 from interruption import Steps, remember
+from last_step import LastStep
 from runtime import multiplies_bf16
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SAVE_EVERY = 100  # steps
-KIND = "peer in training"
 
 
 def on_device(network: nn.Module) -> nn.Module:
@@ -74,9 +73,13 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, lessons.steps)
     everyone = torch.from_numpy(lessons.images).unsqueeze(1)
     parameters = [weight for group in optimizer.param_groups for weight in group["params"]]
-    last = last_of(lessons.name, config)
     identity = lessons.identity() | {"numbers": numbers_of(sys.modules[loss_of.__module__])}
-    begun = take_up(last, identity, networks, optimizer, schedule, lessons.random) if config.runtime.resume else 0
+    parts = {f"network {number}": network for number, network in enumerate(networks)}
+    parts |= {"optimizer": optimizer, "schedule": schedule, "random": Drawing(lessons.random)}
+    last = Path(config.inference.calibration) / f"{lessons.name.replace(' ', '_')}_last.pt"
+    last.parent.mkdir(parents=True, exist_ok=True)
+    kept = LastStep(last, "peer in training", identity, parts, "python benchmarks/detection.py --runtime.resume False")
+    begun = kept.take_up(config.runtime.resume)
     with tqdm(total=lessons.steps, initial=begun, desc=lessons.name, unit="step") as progress:
         steps = Steps()
         for step in steps.of(range(begun, lessons.steps)):
@@ -91,52 +94,27 @@ def train(
                 progress.set_postfix(loss=f"{loss.item():.4f}")
             progress.update()
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == lessons.steps or steps.asked:
-                state = {"networks": [network.state_dict() for network in networks]}
-                state |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-                state |= {"random": lessons.random.get_state(), "step": step + 1, "identity": identity}
-                last.parent.mkdir(parents=True, exist_ok=True)
-                save_checkpoint(last, KIND, state)
+                kept.write(step + 1)
                 remember(f"the same command goes on with {lessons.name}, step {step + 1} of {lessons.steps}")
 
 
-def take_up(
-    last: Path,
-    identity: dict,
-    networks: list[nn.Module],
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    random: torch.Generator,
-) -> int:
-    """The step after which a training of this identity goes on, and its state; 0 where there is none.
+class Drawing:
+    """A source of random numbers, as part of what is gone on from."""
 
-    UsageError if the file is damaged.
-    """
-    if not last.is_file():
-        return 0
-    remedy = f"python benchmarks/detection.py after removing {last.name}"
-    stored = load_checkpoint(last, KIND, remedy)
-    try:
-        if stored["identity"] != identity:
-            return 0
-        for network, weights in zip(networks, stored["networks"], strict=True):
-            network.load_state_dict(weights)
-        optimizer.load_state_dict(stored["optimizer"])
-        schedule.load_state_dict(stored["schedule"])
-        random.set_state(stored["random"])
-        return stored["step"]
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"{last} is of another version or damaged: run {remedy}") from error
+    def __init__(self, random: torch.Generator):
+        self.random = random
+
+    def state_dict(self) -> dict:
+        return {"state": self.random.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.random.set_state(state["state"])
 
 
 def numbers_of(module: ModuleType) -> dict:
     """Those at the top of a peer's file, the device it is trained on among them, as JSON gives them back."""
     named = {name: value for name, value in vars(module).items() if name.isupper()}
     return json.loads(json.dumps({n: v for n, v in named.items() if isinstance(v, (int, float, str, tuple))}))
-
-
-def last_of(name: str, config: Config) -> Path:
-    """Where a training is kept on the way."""
-    return Path(config.inference.calibration) / f"{name.replace(' ', '_')}_last.pt"
 
 
 def gradient_noise(count: int, size: tuple[int, int], cells: tuple[int, int], random: torch.Generator) -> Tensor:
