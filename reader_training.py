@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 from augmentation import exposed_anew
 from checks import UsageError
@@ -32,7 +33,7 @@ from reporting.figures import save_grid
 from runtime import EMA, autocast, learning_rate, set_learning_rate, stream_seed, training_precision
 from scratch import array_at
 from standardization import pixel_statistics
-from tuned_training import fit_tuned
+from tuned_training import fit_tuned, made_ahead
 
 # what a trained reader can be read under: settings that shape no weight
 READ_ANEW = (
@@ -181,28 +182,44 @@ def make_pool(
     else:
         _remove_pool(folder)
         folder.mkdir(parents=True)
+    pictures = Pictures(images, rows, config)
     with bar(total=rows, initial=done, desc="reader: features", unit="image") as progress:
         steps = Steps()
-        for first in steps.of(range(done, rows, size)):
-            numbers = range(first, min(first + size, rows))
-            made = [training_image(images, number, config) for number in numbers]
-            batch = torch.from_numpy(np.stack([picture for picture, _ in made])).unsqueeze(1)
+        batches = made_ahead(pictures, range(done, rows, size), config)
+        for (batch, shares), first in zip(steps.of(batches), range(done, rows, size), strict=True):
+            numbers = range(first, first + len(batch))
             seen = model.examine(batch, settings.magnification)
             maps = [part.half().cpu().numpy() for part in extractor(seen)]
-            changed = torch.from_numpy(np.stack([mask for _, mask in made])).unsqueeze(1).float()
-            shares = (255 * F.avg_pool2d(changed, settings.stride)[:, 0]).round().byte().numpy()
             if not arrays:
                 arrays = [
                     array_at(folder / f"{number:02d}.npy", part.dtype, (rows, *part.shape[1:]))
-                    for number, part in enumerate([*maps, shares])
+                    for number, part in enumerate([*maps, shares.numpy()])
                 ]
-            for array, part in zip(arrays, [*maps, shares], strict=True):
+            for array, part in zip(arrays, [*maps, shares.numpy()], strict=True):
                 array[numbers.start : numbers.stop] = part
             if numbers.stop == rows or (first // size) % 8 == 7 or steps.asked:
                 keep_rows(folder, identity, arrays, numbers.stop)
                 remember(f"the same command goes on with the reader's features, {numbers.stop} of {rows}")
             progress.update(len(numbers))
     return Pool(arrays[:-1], arrays[-1], len(images))
+
+
+class Pictures(Dataset):
+    """What the pool's features are of: rows number `first` and up to a batch of them."""
+
+    def __init__(self, images: Sequence[np.ndarray], rows: int, config: Config):
+        self.images, self.rows, self.config = images, rows, config
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, first: int) -> tuple[Tensor, Tensor]:
+        """Images (B, 1, k H, k W), and the changed share of each place of the reader's grid, uint8 (B, h, w)."""
+        numbers = range(first, min(first + self.config.inference.batch_size, self.rows))
+        made = [training_image(self.images, number, self.config) for number in numbers]
+        changed = torch.from_numpy(np.stack([mask for _, mask in made])).unsqueeze(1).float()
+        shares = (255 * F.avg_pool2d(changed, self.config.reader.stride)[:, 0]).round().byte()
+        return torch.from_numpy(np.stack([picture for picture, _ in made])).unsqueeze(1), shares
 
 
 def keep_rows(folder: Path, identity: dict, arrays: list[np.ndarray], done: int) -> None:

@@ -89,6 +89,18 @@ def turned(crop: Tensor, random: np.random.Generator) -> Tensor:
     return torch.cat([flipped[:3], -flipped[3:]])
 
 
+def made_ahead(pictures: Dataset, order: Sequence[int], config: Config) -> DataLoader:
+    """These items of it in this order, made by data.num_workers processes while the device computes."""
+    forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images
+    return DataLoader(
+        pictures,
+        batch_size=None,
+        sampler=order,
+        num_workers=config.data.num_workers if forks else 0,
+        worker_init_fn=interruption.ignore_signals,
+    )
+
+
 def fit_tuned(
     images: Sequence[np.ndarray], config: Config, identity: dict, last: Path, device: torch.device
 ) -> TunedBackbone:
@@ -109,14 +121,7 @@ def fit_tuned(
     kept = LastStep(last, "tuned backbone", identity, parts)
     begun = kept.take_up(config.runtime.resume)
     weight, running = torch.tensor(settings.positive_weight, device=device), None
-    forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images
-    loader = DataLoader(
-        Lessons(images, config),
-        batch_size=None,
-        sampler=range(begun, total),
-        num_workers=config.data.num_workers if forks else 0,
-        worker_init_fn=interruption.ignore_signals,
-    )
+    loader = made_ahead(Lessons(images, config), range(begun, total), config)
     with bar(total=total, initial=begun, desc="reader: tuning the backbone", unit="step") as progress:
         steps = Steps()
         for step, (crops, places, changed) in enumerate(steps.of(loader), begun):

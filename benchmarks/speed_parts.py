@@ -20,6 +20,8 @@ from latent_dataset import LatentDataset
 from runtime import start
 
 LATENTS = 512  # rows that phase 3 is timed on, but for the part scaling
+# images a step where works stand side by side, unless fewer are asked for: what keeps the device busy
+FULL = {"cpu": {"phase 1": 4, "phase 3": 4, "phase 4": 4}, "cuda": {"phase 1": 16, "phase 3": 256, "phase 4": 16}}
 
 
 class Here:
@@ -41,6 +43,10 @@ class Here:
         batched["flowdiff"] = dataclasses.replace(config.flowdiff, batch_size=batch)
         batched["inference"] = dataclasses.replace(config.inference, batch_size=batch, **inference)
         return dataclasses.replace(config, **batched)
+
+    def full(self, kind: str) -> int:
+        """Images a step of this kind of work, where works stand side by side."""
+        return min(FULL[self.device.type][kind], self.batches[-1])
 
     def latents(self, size: int, rows: int = LATENTS) -> LatentDataset:
         """Synthetic latents on the disk."""
@@ -178,7 +184,7 @@ def augmentation(here: Here, size: int) -> list[dict]:
 
 def examinations(here: Here, size: int) -> list[dict]:
     """Phase 4 beside PatchCore on the same backbone, and beside a diffusion model of pixels: one step, times 250."""
-    batch, works = min(4, here.batches[-1]), {}
+    batch, works = here.full("phase 4"), {}
     works["PatchCore"] = work_of.patchcore(here.config(size, batch), here.accelerator)
     for method in ("reader", "statistical", "plain"):
         works[f"phase 4, {method}"] = phase4(method)(here, size, batch)
@@ -197,9 +203,9 @@ def examinations(here: Here, size: int) -> list[dict]:
 
 def settings(here: Here, size: int) -> list[dict]:
     """Each setting of computing.py one way and the other, and a crop in phase 1, beside what the scripts do here."""
-    batch, latents = min(4, here.batches[-1]), here.latents(size)
-    config, accelerator = here.config(size, batch), here.accelerator
-    config = dataclasses.replace(config, vae=dataclasses.replace(config.vae, crop=0))
+    latents, accelerator = here.latents(size), here.accelerator
+    whole = dataclasses.replace(here.config(size, here.full("phase 1")).vae, crop=0)
+    config = dataclasses.replace(here.config(size, here.full("phase 3")), vae=whole)
 
     def of(make: Callable[..., Work], *given: object) -> dict[str, Work]:
         def changed(**change: object) -> Work:
@@ -221,10 +227,10 @@ def settings(here: Here, size: int) -> list[dict]:
 
 def compiling(here: Here, size: int) -> list[dict]:
     """What runtime.compile changes, once it has compiled."""
-    batch, latents, rows = min(4, here.batches[-1]), here.latents(size), []
-    config, accelerator = here.config(size, batch), here.accelerator
-    other = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, compile=True))
+    latents, accelerator, rows = here.latents(size), here.accelerator, []
     for kind, make, given in (("phase 1", work_of.phase1, ()), ("phase 3", work_of.phase3, (latents,))):
+        config = here.config(size, here.full(kind))
+        other = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, compile=True))
         pair = {kind: make(config, accelerator, *given), f"{kind}, compiled": make(other, accelerator, *given)}
         rows += side_by_side(pair, here)
     return rows

@@ -16,7 +16,7 @@ import interruption
 from backbone import Backbone, backbone_name
 from calibration import Calibration, calibrate, readings_of, shaping
 from checks import UsageError
-from config import Config, InferenceConfig, RuntimeConfig
+from config import Config, DataConfig, InferenceConfig, RuntimeConfig
 from config_reading import ReaderConfig
 from features import FEATURES, FeatureExtractor
 from files import load_checkpoint
@@ -57,7 +57,7 @@ def config_for(**changes):
     given = {"features": OWN, "backbone": "none", "steps": 12, "copies": 1, "width": 8, "members": 2}
     given |= {"checkpoint_every": 5}
     inference = InferenceConfig(method="reader", solver="one_step", batch_size=4)
-    return Config(inference=inference, reader=ReaderConfig(**given | changes))
+    return Config(data=DataConfig(num_workers=0), inference=inference, reader=ReaderConfig(**given | changes))
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,13 @@ def test_a_pool_that_was_interrupted_goes_on_and_is_the_same(pool, model, tmp_pa
         np.load(path, mmap_mode="r+")[4:] = 0
     again = make_pool(model, extractor, normals(), config, {}, other)
     for part, expected in zip([*again.features, again.changed], [*pool.features, pool.changed], strict=True):
+        np.testing.assert_array_equal(part, expected)
+
+
+def test_a_pool_whose_pictures_two_processes_made_is_the_same(pool, model, tmp_path):
+    config = dataclasses.replace(config_for(), data=DataConfig(num_workers=2))
+    theirs = make_pool(model, FeatureExtractor(config.reader, "cpu"), normals(), config, {}, tmp_path / "other")
+    for part, expected in zip([*theirs.features, theirs.changed], [*pool.features, pool.changed], strict=True):
         np.testing.assert_array_equal(part, expected)
 
 
