@@ -27,7 +27,7 @@ class Waiting:
 
     def __init__(self, busy: Callable[[], bool] = lambda: False):
         self.busy, self.seconds = busy, 0.0
-        self._past, self._began, self._loops = 0.0, 0.0, 0
+        self._past, self._began, self._loops, self._came = 0.0, 0.0, 0, False
 
     def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The same batches."""
@@ -44,6 +44,7 @@ class Waiting:
                     self.seconds += time.perf_counter() - asked
                 if batch is END:
                     return
+                self._came = True
                 yield batch
         finally:
             self._loops -= 1
@@ -62,5 +63,7 @@ class Waiting:
 
     def told(self) -> str:
         """A phase's line about it."""
+        if not self._came:
+            return "there was nothing left to compute, and no data to wait for"
         seconds = f"{self.seconds:.1f} of {self.whole:.1f} s"
         return f"the device waited for data {100 * self.share:.1f} % of the time ({seconds})"

@@ -133,11 +133,11 @@ def fit(make: Callable[[Here, int, int], Work]) -> Callable[[Here, int], list[di
     return run
 
 
-def profiled(make: Callable[[Here, int, int], Work]) -> Callable[[Here, int], list[dict]]:
-    """A part that says which operations take the time."""
+def profiled(kind: str, make: Callable[[Here, int, int], Work]) -> Callable[[Here, int], list[dict]]:
+    """A part that says which operations of this kind of work take the time."""
 
     def run(here: Here, size: int) -> list[dict]:
-        batch = here.batches[-1] if here.device.type == "cpu" else min(64, here.batches[-1])
+        batch = here.batches[-1] if here.device.type == "cpu" else here.full(kind)
         return [{"batch": batch, "text": ten_most(make(here, size, batch), here.device)}]
 
     return run
@@ -275,8 +275,8 @@ PARTS: dict[str, Callable[[Here, int], list[dict]]] = {
     "scaling": scaling,
     "fit-phase1": fit(phase1),
     "fit-phase3": fit(phase3),
-    "profile-phase1": profiled(phase1),
-    "profile-phase3": profiled(phase3),
+    "profile-phase1": profiled("phase 1", phase1),
+    "profile-phase3": profiled("phase 3", phase3),
 }
 # at the first size alone
 ONCE = ("plain-loop", "tuning", "settings", "compile", "scaling", "profile-phase1", "profile-phase3")

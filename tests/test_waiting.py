@@ -75,6 +75,12 @@ def test_time_between_two_loops_is_nobodys(clock):
     assert waiting.whole == 8 and waiting.told() == "the device waited for data 100.0 % of the time (8.0 of 8.0 s)"
 
 
+def test_a_run_that_found_everything_done_did_not_wait(clock):
+    waiting = Waiting()
+    assert list(waiting.of(reader(clock, 1, count=0))) == []
+    assert "waited" not in waiting.told() and "nothing left to compute" in waiting.told()
+
+
 def test_the_share_can_be_asked_for_on_the_way(clock):
     waiting, shares = Waiting(), []
     for _ in waiting.of(reader(clock, 1, count=2)):
