@@ -10,9 +10,10 @@ import errno
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -212,6 +213,18 @@ def step_loader(
         batch_sampler=batches,
         num_workers=config.data.num_workers,
         pin_memory=pinned,
+        worker_init_fn=interruption.ignore_signals,
+    )
+
+
+def made_ahead(pictures: Dataset, order: Sequence[int], config: Config) -> DataLoader:
+    """These items of it in this order, made by data.num_workers processes while the device computes."""
+    forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images
+    return DataLoader(
+        pictures,
+        batch_size=None,
+        sampler=order,
+        num_workers=config.data.num_workers if forks else 0,
         worker_init_fn=interruption.ignore_signals,
     )
 

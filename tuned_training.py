@@ -5,7 +5,6 @@ hundred radiographs by heart. What a step sees follows from its number alone: a 
 it had not been.
 """
 
-import multiprocessing
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-import interruption
 from augmentation import exposed_anew
 from config import Config
 from corruption import corrupt
@@ -24,7 +22,7 @@ from interruption import Steps, remember
 from last_step import LastStep
 from progress import bar
 from reader import WHOLE, Crop, cropped, positions
-from runtime import EMA, autocast, learning_rate, stream_seed
+from runtime import EMA, autocast, learning_rate, made_ahead, stream_seed
 from tuned_backbone import COARSEST, TunedBackbone
 
 CROPS = 2  # of each corrupted image: to corrupt it takes longer than to cut it
@@ -87,18 +85,6 @@ def turned(crop: Tensor, random: np.random.Generator) -> Tensor:
         return crop
     flipped = crop.flip(-1)
     return torch.cat([flipped[:3], -flipped[3:]])
-
-
-def made_ahead(pictures: Dataset, order: Sequence[int], config: Config) -> DataLoader:
-    """These items of it in this order, made by data.num_workers processes while the device computes."""
-    forks = multiprocessing.get_start_method() == "fork"  # else each worker would get a copy of all images
-    return DataLoader(
-        pictures,
-        batch_size=None,
-        sampler=order,
-        num_workers=config.data.num_workers if forks else 0,
-        worker_init_fn=interruption.ignore_signals,
-    )
 
 
 def fit_tuned(

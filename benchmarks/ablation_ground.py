@@ -25,7 +25,8 @@ from normalizer import Examined, Normalizer
 from progress import bar
 from radiographs.geometry import unfit_map
 from reader import Reader
-from reader_training import LEARNING, RECIPE, Pool, keep_rows, make_pool, reader_identity, rows_so_far
+from reader_pool import Pool, keep_rows, make_pool, rows_so_far
+from reader_training import LEARNING, RECIPE, reader_identity
 from runtime import training_precision
 from scratch import array_at
 from thresholds import threshold_from_normals

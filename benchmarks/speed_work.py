@@ -25,6 +25,7 @@ from calibration import Calibration
 from computing import adamw, compiled, fast_products, laid_out, leaves_out
 from config import VAE_DOWNSAMPLING, Config
 from dataset import RadiographDataset, Sample
+from features import FeatureExtractor
 from files import sha256, write_sealed_json
 from flowdiff_batch import draw, latent_batches
 from flowdiff_loss import generative_loss, identity_loss, lambda_identity, loss_by_time
@@ -37,7 +38,6 @@ from model import RadiographVAE, pretrained_vae, vae_loss
 from normalizer import Normalizer
 from radiographs.manifest import Record
 from reader import FeatureStatistics, Reader, ReaderEnsemble
-from reader_training import FeatureExtractor
 from run_log import Meter
 from runtime import EMA, precision_of, reading_precision, step_loader
 from standardization import PixelStatistics, features

@@ -32,6 +32,7 @@ PARTS |= {
     "model",
     "normalizer",
     "reader",
+    "reader_pool",
     "reader_training",
     "standardization",
     "survey",

@@ -32,19 +32,17 @@ from reader import (
     positions,
     stored_reader,
 )
+from reader_pool import Pool, make_pool, training_image
 from reader_training import (
     LAST,
     LEARNING,
     POOL,
     READER,
     SHEET,
-    Pool,
     deviations,
     fit_network,
-    make_pool,
     reader_identity,
     train_reader,
-    training_image,
 )
 from standardization import PixelStatistics
 from survey import maps_beside
