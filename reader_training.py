@@ -24,10 +24,11 @@ from interruption import Steps, remember
 from last_step import LastStep
 from normalizer import Normalizer
 from progress import bar
-from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, mirrored, positions
+from reader import WHOLE, Crop, FeatureStatistics, Reader, ReaderEnsemble, mirrored, positions, stored_reader
 from reader_pool import Pool, make_pool, remove_pool, training_image
 from reporting.figures import save_grid
 from runtime import EMA, autocast, learning_rate, set_learning_rate, stream_seed, training_precision
+from tuned_backbone import TunedBackbone
 from tuned_training import fit_tuned
 
 # what a trained reader can be read under: settings that shape no weight
@@ -40,6 +41,11 @@ LEARNING = (
     *("members", "width", "distances", "mirror", "steps", "crops", "lr", "lr_warmup_steps", "weight_decay", "dropout"),
     *("positive_weight", "largest_deviation", "smallest_spread", "alignment", "ema_decay", "precision"),
     *("tuned_steps", "tuned_lr", "tuned_turn", "tuned_stretch", "tuned_unchanged"),
+)
+# of an identity, what the tuned backbone does not hear of: it sees the image alone, whatever G and the features are
+UNSEEN_BY_TUNED = (
+    *("vae_sha256", "flow_sha256", "noise_level", "draws", "features", "levels", "stride", "width", "distances"),
+    *("mirror", "members", "copies", "steps", "dropout", "largest_deviation", "smallest_spread", "alignment"),
 )
 RECIPE = 9  # raise it when code or a default changes what a reader learns from, or how it reads
 # in the calibration's folder
@@ -82,7 +88,10 @@ def train_reader(
     read = run | {"read_in": config.inference.precision}  # the image is not, which is all that the tuned backbone sees
     made_with = {name: value for name, value in read.items() if name not in LEARNING}
     pool = make_pool(model, extractor, images, config, made_with, folder / POOL)  # first: it may refuse
-    tuned = fit_tuned(images, config, run, folder / TUNED_LAST, model.device) if settings.tuned_steps else None
+    tuned = None
+    if settings.tuned_steps:
+        tuned = tuned_before(folder / READER, identity, config, model.device)
+        tuned = tuned or fit_tuned(images, config, run, folder / TUNED_LAST, model.device)
     statistics = pool.statistics(config)
     network = fit_network(pool, statistics, config, read, folder / LAST, model.device)
     on_device = [part.to(model.device) for part in statistics]
@@ -91,6 +100,25 @@ def train_reader(
     remove_scratch(folder)
     print(f"trained the reader in {(time.monotonic() - began) / 60:.1f} minutes")
     return reader
+
+
+def tuned_before(path: Path, identity: dict, config: Config, device: torch.device) -> TunedBackbone | None:
+    """The tuned backbone of the reader that this one replaces, if it learnt the same: it never saw G.
+
+    None where there is none, and with runtime.resume False.
+    """
+    if not config.runtime.resume or not path.is_file():
+        return None
+    stored = stored_reader(path)
+    if not stored.get("tuned") or seen_by_tuned(stored["belongs_to"]) != seen_by_tuned(identity):
+        return None
+    print("the tuned backbone of the reader that was here learnt the same, and is kept: it does not depend on G")
+    return Reader.rebuild(stored, device).tuned
+
+
+def seen_by_tuned(identity: dict) -> dict:
+    """What of a reader's identity shapes its tuned backbone."""
+    return {name: value for name, value in identity.items() if name not in UNSEEN_BY_TUNED}
 
 
 def save_sheet(images: Sequence[np.ndarray], config: Config, path: Path, count: int = 6) -> None:

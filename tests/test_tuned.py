@@ -20,7 +20,7 @@ from examination import kept_reader, ready_calibration
 from features import with_backbone
 from interruption import Interrupted
 from reader import WHOLE, Reader, positions
-from reader_training import READER, TUNED_LAST, train_reader
+from reader_training import READER, TUNED_LAST, UNSEEN_BY_TUNED, reader_identity, train_reader
 from runtime import EMA
 from tuned_backbone import TunedBackbone
 from tuned_training import Lessons, fit_tuned, moved, turned
@@ -205,6 +205,34 @@ def test_whoever_reads_a_kept_reader_hears_its_tuned_backbone_as_is_asked_now(tm
     assert settings.tuned_share == 0.9 and not settings.tuned_mirror
     with pytest.raises(UsageError, match="no calibration of these"):
         ready_calibration(model, config)
+
+
+def test_a_reader_of_another_g_keeps_the_backbone_that_never_saw_g(tmp_path, monkeypatch, capsys):
+    config = tuned_config(steps=1, tuned_steps=2)
+    model = tiny_normalizer(config.inference)
+    model.identity = {"vae_sha256": "1", "flow_sha256": "2"}
+    first, called = train_reader(model, normals(), "p", config, tmp_path), []
+    monkeypatch.setattr("reader_training.fit_tuned", lambda *given: called.append(1) or fit_tuned(*given))
+    model.identity = {"vae_sha256": "1", "flow_sha256": "3"}
+    fewer = dataclasses.replace(config, reader=dataclasses.replace(config.reader, features=("image",), steps=2))
+    second = train_reader(model, normals(), "p", fewer, tmp_path)
+    assert not called and equal_weights(first.tuned, second.tuned) and "learnt the same" in capsys.readouterr().out
+    assert second.belongs_to["flow_sha256"] == "3" and Reader.load(tmp_path / READER).sha256 == second.sha256
+    for number, change in enumerate(({"tuned_lr": 1e-5}, {"fills": ("level",)}, {"crops": 2}), 1):
+        other = dataclasses.replace(config, reader=dataclasses.replace(config.reader, **change))
+        train_reader(model, normals(), "p", other, tmp_path)
+        assert len(called) == number
+    train_reader(model, normals(), "other radiographs", other, tmp_path)
+    anew = dataclasses.replace(other, runtime=dataclasses.replace(other.runtime, resume=False))
+    train_reader(model, normals(), "other radiographs", anew, tmp_path)
+    assert len(called) == 5
+
+
+def test_what_the_tuned_backbone_does_not_hear_of_is_named_as_an_identity_names_it():
+    config = tuned_config()
+    model = tiny_normalizer(config.inference)
+    model.identity = {"vae_sha256": "1", "flow_sha256": "2"}
+    assert set(UNSEEN_BY_TUNED) <= set(reader_identity(model, config, "p"))
 
 
 def test_without_a_backbone_nothing_is_tuned():
