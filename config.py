@@ -51,7 +51,8 @@ class DataConfig:
     # read from there by later epochs, phases and runs; 0 decodes files each time they are read
     cache_disk_gb: float = 50.0
     cache_folder: str = "./outputs/cache"  # where; its owner's alone, for it holds pixels; may be removed at any time
-    # processes that read ahead, in phase 4 threads that do and processes that draw; 0 does it all in the main process
+    # processes that read ahead; in phase 4 threads that do, processes that draw, and while the reader learns processes
+    # that corrupt radiographs; 0 does it all in the main process
     num_workers: int = 4
     # where images are augmented: on the host one by one, or on the device in batches, by the same random numbers and
     # the same but for interpolation (augmentation.py); auto: on the device if it is a GPU

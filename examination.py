@@ -1,6 +1,7 @@
 """Whom phase 4 examines, and the normals it compares them with: refused, read, or learnt from once and kept."""
 
 import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -208,7 +209,7 @@ class Normals(NamedTuple):
     """The normals of a split."""
 
     images: np.ndarray  # float32 (N, k H, k W), as the method looks at them; they lie on disk
-    pictures: str  # a hash of what they show
+    pictures: str  # a hash of what they show: of the files, and of how they are prepared
     file_sizes: list[list[int]]  # rows and columns of the smallest and of the largest file, each on its own
 
 
@@ -255,6 +256,7 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
             f"{config.data.root} has no radiograph that trained the networks, and the reader learns on them: point "
             "data.root at the normals of phase 1, or use --inference.method plain"
         )
-    pictures = hashlib.sha256("".join(digests).encode()).hexdigest()
+    shown = [json.dumps(config.data.preprocessing), *digests]  # digests are of the files
+    pictures = hashlib.sha256("".join(shown).encode()).hexdigest()
     sizes = [np.min(shapes, axis=0).tolist(), np.max(shapes, axis=0).tolist()]
     return Normals(images[: len(digests)], pictures, sizes)

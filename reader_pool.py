@@ -95,15 +95,15 @@ def make_pool(
         ahead = made_ahead(Pictures(images, rows, config), range(done, rows), config)
         for made, first in zip(steps.of(in_batches(ahead, size)), range(done, rows, size), strict=True):
             numbers = range(first, first + len(made))
-            batch, shares = (torch.stack(parts) for parts in zip(*made, strict=True))
-            seen = model.examine(batch, settings.magnification)
+            pictures, shares = (np.stack(parts) for parts in zip(*made, strict=True))
+            seen = model.examine(torch.from_numpy(pictures), settings.magnification)
             maps = [part.half().cpu().numpy() for part in extractor(seen)]
             if not arrays:
                 arrays = [
                     array_at(folder / f"{number:02d}.npy", part.dtype, (rows, *part.shape[1:]))
-                    for number, part in enumerate([*maps, shares.numpy()])
+                    for number, part in enumerate([*maps, shares])
                 ]
-            for array, part in zip(arrays, [*maps, shares.numpy()], strict=True):
+            for array, part in zip(arrays, [*maps, shares], strict=True):
                 array[numbers.start : numbers.stop] = part
             if numbers.stop == rows or (first // size) % 8 == 7 or steps.asked:
                 keep_rows(folder, identity, arrays, numbers.stop)
@@ -119,7 +119,7 @@ def remove_pool(folder: Path) -> None:
 
 
 class Pictures(Dataset):
-    """What the pool's features are of, row by row: a whole batch would be much to hand from one process to another."""
+    """What the pool's features are of, row by row, and as arrays: tensors of a process take shared memory and files."""
 
     def __init__(self, images: Sequence[np.ndarray], rows: int, config: Config):
         self.images, self.rows, self.config = images, rows, config
@@ -127,12 +127,12 @@ class Pictures(Dataset):
     def __len__(self) -> int:
         return self.rows
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """An image (1, k H, k W), and the changed share of each place of the reader's grid, uint8 (h, w)."""
         picture, mask = training_image(self.images, number, self.config)
         changed = torch.from_numpy(mask)[None].float()
         shares = (255 * F.avg_pool2d(changed, self.config.reader.stride)[0]).round().byte()
-        return torch.from_numpy(np.array(picture))[None], shares  # a copy: rows of the disk cannot be written
+        return picture[None], shares.numpy()
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

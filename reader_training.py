@@ -105,15 +105,18 @@ def train_reader(
 def tuned_before(path: Path, identity: dict, config: Config, device: torch.device) -> TunedBackbone | None:
     """The tuned backbone of the reader that this one replaces, if it learnt the same: it never saw G.
 
-    None where there is none, and with runtime.resume False.
+    The precision it learnt in is not asked for, as it is not of a whole reader. None where there is none, and with
+    runtime.resume False.
     """
     if not config.runtime.resume or not path.is_file():
         return None
     stored = stored_reader(path)
     if not stored.get("tuned") or seen_by_tuned(stored["belongs_to"]) != seen_by_tuned(identity):
         return None
+    tuned = TunedBackbone()
+    tuned.load_state_dict(stored["tuned"])
     print("the tuned backbone of the reader that was here learnt the same, and is kept: it does not depend on G")
-    return Reader.rebuild(stored, device).tuned
+    return tuned.to(device).requires_grad_(False).eval()
 
 
 def seen_by_tuned(identity: dict) -> dict:

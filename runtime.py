@@ -225,8 +225,13 @@ def made_ahead(pictures: Dataset, order: Sequence[int], config: Config) -> DataL
         batch_size=None,
         sampler=order,
         num_workers=config.data.num_workers if forks else 0,
+        collate_fn=_as_it_is,
         worker_init_fn=interruption.ignore_signals,
     )
+
+
+def _as_it_is(item: object) -> object:
+    return item
 
 
 def own_part(whole: Tensor, accelerator: Accelerator) -> Tensor:

@@ -64,6 +64,6 @@ class Waiting:
     def told(self) -> str:
         """A phase's line about it."""
         if not self._came:
-            return "there was nothing left to compute, and no data to wait for"
+            return "no batch was left to compute, and none to wait for"
         seconds = f"{self.seconds:.1f} of {self.whole:.1f} s"
         return f"the device waited for data {100 * self.share:.1f} % of the time ({seconds})"

@@ -203,6 +203,15 @@ def test_the_reader_learns_on_those_alone_who_trained_the_networks(study, capsys
         read_normals(model_that_trained_on(), config_of(study), "train")
 
 
+@pytest.mark.parametrize("change", [{"height": 128}, {"fit": "pad"}, {"percentile_high": 99.0}, {"brightness": 0.2}])
+def test_what_normals_show_depends_on_how_they_are_prepared(study, change):
+    """What learnt on radiographs that were prepared otherwise did not learn the same (`tuned_before`)."""
+    config = config_of(study)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, **change))
+    one, two = (read_normals(model_that_trained_on(), each, "val").pictures for each in (config, other))
+    assert (one == two) == ("brightness" in change)
+
+
 def test_without_a_validation_normal_that_did_not_train_there_is_no_threshold(study):
     with pytest.raises(UsageError, match="thresholds need radiographs that trained neither"):
         read_normals(model_that_trained_on("P2", "P3", "P4"), config_of(study), "val")[0]

@@ -78,7 +78,7 @@ def test_time_between_two_loops_is_nobodys(clock):
 def test_a_run_that_found_everything_done_did_not_wait(clock):
     waiting = Waiting()
     assert list(waiting.of(reader(clock, 1, count=0))) == []
-    assert "waited" not in waiting.told() and "nothing left to compute" in waiting.told()
+    assert "waited" not in waiting.told() and "no batch was left" in waiting.told()
 
 
 def test_the_share_can_be_asked_for_on_the_way(clock):
