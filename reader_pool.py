@@ -83,39 +83,73 @@ def make_pool(
 ) -> Pool:
     """The pool in `folder`: read as far as an interrupted run came, the rest made."""
     settings, size = config.reader, config.inference.batch_size
-    rows = len(images) * (1 + settings.copies)
-    done, arrays = rows_so_far(folder, identity) if config.runtime.resume else (0, [])
-    if done:
-        print(f"the features of {done} of {rows} images are there already")
-    else:
-        remove_pool(folder)
-        folder.mkdir(parents=True)
-    with bar(total=rows, initial=done, desc="reader: features", unit="image") as progress:
+    kept = KeptRows(folder, len(images) * (1 + settings.copies), identity, config.runtime.resume)
+    if kept.done:
+        print(f"the features of {kept.done} of {kept.count} images are there already")
+    ahead = made_ahead(Pictures(images, kept.count, config), range(kept.done, kept.count), config)
+    with bar(total=kept.count, initial=kept.done, desc="reader: features", unit="image") as progress:
         steps = Steps()
-        ahead = made_ahead(Pictures(images, rows, config), range(done, rows), config)
-        for made, first in zip(steps.of(in_batches(ahead, size)), range(done, rows, size), strict=True):
-            numbers = range(first, first + len(made))
+        for made in steps.of(in_batches(ahead, size)):
             pictures, shares = (np.stack(parts) for parts in zip(*made, strict=True))
-            seen = model.examine(torch.from_numpy(pictures), settings.magnification)
-            maps = [part.half().cpu().numpy() for part in extractor(seen)]
-            if not arrays:
-                arrays = [
-                    array_at(folder / f"{number:02d}.npy", part.dtype, (rows, *part.shape[1:]))
-                    for number, part in enumerate([*maps, shares])
-                ]
-            for array, part in zip(arrays, [*maps, shares], strict=True):
-                array[numbers.start : numbers.stop] = part
-            if numbers.stop == rows or (first // size) % 8 == 7 or steps.asked:
-                keep_rows(folder, identity, arrays, numbers.stop)
-                remember(f"the same command goes on with the reader's features, {numbers.stop} of {rows}")
-            progress.update(len(numbers))
-    return Pool(arrays[:-1], arrays[-1], len(images))
+            maps = extractor(model.examine(torch.from_numpy(pictures), settings.magnification))
+            kept.add([*(part.half().cpu().numpy() for part in maps), shares])
+            if kept.done == kept.count or kept.done % (8 * size) == 0 or steps.asked:
+                kept.keep()
+                remember(f"the same command goes on with the reader's features, {kept.done} of {kept.count}")
+            progress.update(len(made))
+    return Pool(kept.arrays[:-1], kept.arrays[-1], len(images))
 
 
 def remove_pool(folder: Path) -> None:
     """All of it."""
     (folder / "pool.json").unlink(missing_ok=True)  # first: nobody takes what is half removed for a pool
     shutil.rmtree(folder, ignore_errors=True)
+
+
+class KeptRows:
+    """Arrays (count, ...) in a folder that are filled from the first row on, and go on where a run was killed.
+
+    What is there of another identity, or not whole, is removed.
+    """
+
+    def __init__(self, folder: Path, count: int, identity: dict, resume: bool = True):
+        self.folder, self.count, self.identity = folder, count, identity
+        self.done, self.arrays = self._so_far() if resume else (0, [])
+        if not self.done:
+            remove_pool(folder)
+            folder.mkdir(parents=True)
+
+    def _so_far(self) -> tuple[int, list[np.ndarray]]:
+        try:
+            stored = json.loads((self.folder / "pool.json").read_text())
+            paths = sorted(self.folder.glob("*.npy"))
+            for path in paths:
+                np.load(path, mmap_mode="r", allow_pickle=False)  # opened to be written, a cut file would only grow
+            arrays = [np.load(path, mmap_mode="r+", allow_pickle=False) for path in paths]
+            shapes = [list(array.shape) for array in arrays]
+            whole = stored["identity"] == self.identity and stored["shapes"] == shapes
+        except (OSError, ValueError, KeyError, TypeError):  # there is nothing, or something else: made anew
+            return 0, []
+        return (stored["done"], arrays) if whole else (0, [])
+
+    def add(self, parts: list[np.ndarray]) -> None:
+        """The next rows of each array, in the same order each time."""
+        if not self.arrays:
+            self.arrays = [
+                array_at(self.folder / f"{number:02d}.npy", part.dtype, (self.count, *part.shape[1:]))
+                for number, part in enumerate(parts)
+            ]
+        end = self.done + len(parts[0])
+        for array, part in zip(self.arrays, parts, strict=True):
+            array[self.done : end] = part
+        self.done = end
+
+    def keep(self) -> None:
+        """So far they are whole, also for a later run."""
+        for array in self.arrays:
+            array.flush()
+        shapes = [list(array.shape) for array in self.arrays]
+        write_json(self.folder / "pool.json", {"done": self.done, "shapes": shapes, "identity": self.identity})
 
 
 class Pictures(Dataset):
@@ -140,28 +174,6 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
-
-
-def keep_rows(folder: Path, identity: dict, arrays: list[np.ndarray], done: int) -> None:
-    """So many rows are whole, for `rows_so_far`; the arrays lie in `folder`, by their names in this order."""
-    for array in arrays:
-        array.flush()
-    shapes = [list(array.shape) for array in arrays]
-    write_json(folder / "pool.json", {"done": done, "shapes": shapes, "identity": identity})
-
-
-def rows_so_far(folder: Path, identity: dict) -> tuple[int, list[np.ndarray]]:
-    """How many rows an interrupted run of this identity left, and its arrays; none where they are not whole."""
-    try:
-        stored = json.loads((folder / "pool.json").read_text())
-        paths = sorted(folder.glob("*.npy"))
-        for path in paths:
-            np.load(path, mmap_mode="r", allow_pickle=False)  # opened to be written, a cut file would only grow again
-        arrays = [np.load(path, mmap_mode="r+", allow_pickle=False) for path in paths]
-        whole = stored["identity"] == identity and stored["shapes"] == [list(array.shape) for array in arrays]
-    except (OSError, ValueError, KeyError, TypeError):  # there is nothing, or something else: made anew
-        return 0, []
-    return (stored["done"], arrays) if whole else (0, [])
 
 
 def training_image(images: Sequence[np.ndarray], number: int, config: Config) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,6 @@
 """What the rows of ablation.py share: features, corruptions and a tuned backbone, each made once and kept on disk."""
 
 import json
-import shutil
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +24,9 @@ from normalizer import Examined, Normalizer
 from progress import bar
 from radiographs.geometry import unfit_map
 from reader import Reader
-from reader_pool import Pool, keep_rows, make_pool, rows_so_far
+from reader_pool import KeptRows, Pool, make_pool
 from reader_training import LEARNING, RECIPE, reader_identity
 from runtime import training_precision
-from scratch import array_at
 from thresholds import threshold_from_normals
 from tuned_training import fit_tuned
 
@@ -89,24 +87,15 @@ class Ground:
         size, folder = self.config.inference.batch_size, self.folder / "judged"
         shown = {"normals": self.normals.pictures, "manifest_sha256": manifest_sha256(Path(self.config.data.root))}
         identity = self.features_identity(self.config) | shown
-        done, arrays = rows_so_far(folder, identity)
-        if not done:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        with bar(total=len(everybody), initial=done, desc="features of those judged", unit="image") as progress:
-            for first in range(done, len(everybody), size):
+        kept = KeptRows(folder, len(everybody), identity)
+        with bar(total=kept.count, initial=kept.done, desc="features of those judged", unit="image") as progress:
+            for first in range(kept.done, kept.count, size):
                 batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1)
                 maps = self.extractor(self.model.examine(batch, self.config.reader.magnification))
-                parts = [part.half().cpu().numpy() for part in maps]
-                arrays = arrays or [
-                    array_at(folder / f"{number:02d}.npy", part.dtype, (len(everybody), *part.shape[1:]))
-                    for number, part in enumerate(parts)
-                ]
-                for array, part in zip(arrays, parts, strict=True):
-                    array[first : first + len(part)] = part
-                keep_rows(folder, identity, arrays, first + len(batch))
+                kept.add([part.half().cpu().numpy() for part in maps])
+                kept.keep()
                 progress.update(len(batch))
-        return arrays
+        return kept.arrays
 
     @cached_property
     def everybody(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
