@@ -1,7 +1,9 @@
 """What each part of the reader brings, on the test split: python benchmarks/ablation.py --preset cpu --rows all
 
-    --rows A,B            which to run; without it, none: only the tables are printed. `all`, `parts` and `fills` are
-                          groups
+    --rows A,B            which to run; without it, none: only the tables are printed. `all`, `parts`, `levels`
+                          and `fills` are groups
+    --as NAME             one row under another name: of other networks (--outputs), or with flags that differ; give
+                          it a --inference.calibration of its own
     --results FOLDER      where each finished row is kept as JSON, and the tables of all rows as table.md
     FLAGS                 those of inference.py; checkpoints of phases 1 to 3 are those it would take, and what rows
                           share lies in --inference.calibration
@@ -51,7 +53,7 @@ TUNED = "the tuned backbone alone"
 
 def without(*left_out: str) -> Callable[[Channel], bool]:
     """Keeps what is not one of these features or parts of one."""
-    return lambda channel: not {channel[0], channel[1]} & set(left_out)
+    return lambda channel: not set(channel) & set(left_out)
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,13 @@ FILLS = {
     "without smear, warp and remove": fewer_fills("smear", "warp", "remove"),
     "without rim": fewer_fills("rim"),
 }
-ROWS = PARTS | FILLS
-GROUPS = {"all": tuple(ROWS), "parts": tuple(PARTS), "fills": ("everything", *FILLS)}
+USUAL = ReaderConfig().levels
+LEVELS = {
+    f"G at {level:g} alone": Row(without("trunk", *(f"@{other:g}" for other in USUAL if other != level)))
+    for level in USUAL  # without inner features, which are of the lowest
+}
+ROWS = PARTS | LEVELS | FILLS
+GROUPS = {"all": tuple(ROWS), "parts": tuple(PARTS), "levels": tuple(LEVELS), "fills": ("everything", *FILLS)}
 
 
 # ---------------------------------------------------------------- the command
@@ -117,6 +124,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=names, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
+    parser.add_argument("--as", dest="name", default="")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/ablation")
     options, flags = parser.parse_known_args()
     asked = [name for row in options.rows for name in GROUPS.get(row, (row,))]
@@ -124,6 +132,8 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         raise UsageError(f"--rows: {unknown[0]} is unknown, choose from {', '.join((*ROWS, *GROUPS))}")
     options.rows = list(dict.fromkeys(asked))
+    if options.name and (len(options.rows) != 1 or "/" in options.name or options.name.startswith(".")):
+        raise UsageError("--as renames one row: choose one with --rows, and a name that can be a file's")
     return options, flags
 
 
@@ -131,20 +141,23 @@ def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
     """Each row that is not kept yet."""
     model, config = open_normalizer(parse_command(__doc__, [*flags, "--inference.method", "reader"]))
     ground = Ground(model, config)
+    if set(options.rows) & set(LEVELS) and ground.config.reader.levels != USUAL:
+        raise UsageError(f"rows of one noise level are of {USUAL}: leave reader.levels as it is")
     asked = ground.asked()
     tuned = ground.config.reader.tuned_steps > 0
-    missing = [row for row in options.rows if not kept(row, ways_of(row, tuned), options.results, asked)]
+    name_of_row = {row: options.name or row for row in options.rows}
+    missing = [row for row in options.rows if not kept(name_of_row[row], ways_of(row, tuned), options.results, asked)]
     for row in missing:
-        began = time.monotonic()
+        began, name = time.monotonic(), name_of_row[row]
         for way, judged in judged_both_ways(row, ground).items():
-            part = {"row": row, "seed": config.runtime.seed, "size": config.data.height, "asked": asked}
+            part = {"row": name, "seed": config.runtime.seed, "size": config.data.height, "asked": asked}
             part |= {"settings": {"way": way}, "commit": commit(), "hardware": hardware()}
             part |= {"minutes": round((time.monotonic() - began) / 60, 1)}
-            path = part_file(row, way, options.results)
+            path = part_file(name, way, options.results)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, part | judged)
             mean = judged["mean_over_kinds"]
-            print(f"{row}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
+            print(f"{name}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
 
 
 def ways_of(row: str, tuned: bool) -> tuple[str, ...]:

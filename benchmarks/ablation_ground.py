@@ -30,17 +30,19 @@ from runtime import training_precision
 from thresholds import threshold_from_normals
 from tuned_training import fit_tuned
 
-Channel = tuple[str, str]  # a feature of the reader, and which part of it
+Channel = tuple[str, ...]  # a feature of the reader, which part of it, and at which noise level, such as @0.25
 
 
 def channels_of(name: str, maps: list[Tensor], settings: ReaderConfig) -> list[list[Channel]]:
     """A name for each channel of each map of a feature."""
     if name != "latent":
-        return [[(name, "")] * part.shape[1] for part in maps]
+        return [[(name,)] * part.shape[1] for part in maps]
     beyond = len(settings.levels)
     size = (maps[0].shape[1] - beyond) // (1 + beyond)
-    changed = [(name, "changed")] * size + [(name, "heads")]
-    return [[(name, "z")] * size + changed * beyond]
+    channels = [(name, "z")] * size
+    for level in settings.levels:
+        channels += [(name, "changed", f"@{level:g}")] * size + [(name, "heads", f"@{level:g}")]
+    return [channels]
 
 
 class Ground:

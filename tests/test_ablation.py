@@ -32,14 +32,28 @@ FEW = ("--reader.steps", "2", "--reader.copies", "1", "--reader.members", "1", "
 def test_a_row_keeps_these_channels_of_the_latent(row, left):
     settings = replace(ReaderConfig(), levels=(0.1, 0.2, 0.3))
     (channels,) = ablation_ground.channels_of("latent", [torch.zeros(1, 4 + 3 * 5, 2, 2)], settings)
-    kept = [part for name, part in channels if ablation.ROWS[row].keep((name, part))]
+    kept = [channel[1] for channel in channels if ablation.ROWS[row].keep(channel)]
     assert {part: kept.count(part) for part in kept} == left
 
 
 def test_channels_of_the_latent_are_named_in_the_order_in_which_they_are_made():
     settings = replace(ReaderConfig(), levels=(0.1, 0.4))
     (channels,) = ablation_ground.channels_of("latent", [torch.zeros(1, 8, 2, 2)], settings)  # 2 of z, twice 2 + 1
-    assert [part for _, part in channels] == ["z", "z", "changed", "changed", "heads", "changed", "changed", "heads"]
+    one, other = [("latent", "changed", level) for level in ("@0.1", "@0.4")]
+    heads, others = [("latent", "heads", level) for level in ("@0.1", "@0.4")]
+    assert channels == [("latent", "z")] * 2 + [one] * 2 + [heads] + [other] * 2 + [others]
+    trunk = ablation_ground.channels_of("trunk", [torch.zeros(1, 2, 2, 2)], settings)
+    assert trunk == [[("trunk",)] * 2]
+
+
+def test_a_row_of_one_noise_level_reads_g_at_that_level_alone():
+    settings = ReaderConfig()
+    (channels,) = ablation_ground.channels_of("latent", [torch.zeros(1, 4 + 3 * 5, 2, 2)], settings)
+    for level in settings.levels:
+        keep = ablation.ROWS[f"G at {level:g} alone"].keep
+        kept = [channel for channel in channels if keep(channel)]
+        assert kept == [channel for channel in channels if channel[2:] in ((), (f"@{level:g}",))] and len(kept) == 9
+        assert not keep(("trunk",)) and keep(("backbone",))
 
 
 def test_what_is_left_out_is_what_the_name_says():
@@ -74,6 +88,12 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
     monkeypatch.setattr(ablation, "judged_both_ways", lambda *_: pytest.fail("run again"))
     run_benchmark(ablation.main, monkeypatch, *asked)
     assert capsys.readouterr().out.count("there already") == 4
+    monkeypatch.setattr(
+        ablation, "judged_both_ways", lambda *_: {"networks": {"kinds": {}, "mean_over_kinds": means[0]}}
+    )
+    run_benchmark(ablation.main, monkeypatch, *asked[:-1], "everything", "--as", "another G")
+    named = detection.read_part(results / "networks" / "another_G.json")
+    assert named["row"] == "another G" and named["mean_over_kinds"] == means[0]
     with pytest.raises(UsageError, match="remove it, or choose another --results"):
         run_benchmark(ablation.main, monkeypatch, *asked, "--reader.steps", 3)
 
@@ -110,3 +130,16 @@ def test_an_unknown_row_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--rows", "parts,all of it"])
     with pytest.raises(UsageError, match="all of it is unknown"):
         ablation.arguments()
+
+
+@pytest.mark.parametrize("asked", [("parts", "all of them"), ("everything", "../other"), ("everything", ".hidden")])
+def test_one_row_is_renamed_and_to_a_name_of_a_file(asked, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ablation.py", "--rows", asked[0], "--as", asked[1]])
+    with pytest.raises(UsageError, match="--as renames one row"):
+        ablation.arguments()
+
+
+def test_rows_of_one_noise_level_need_the_usual_ones(examined, monkeypatch, tmp_path):
+    flags = flags_of(tmp_path / "out", examined.phantoms, *sources("inference", examined), "--reader.levels", "0.3")
+    with pytest.raises(UsageError, match="leave reader.levels as it is"):
+        run_benchmark(ablation.main, monkeypatch, *flags, "--results", tmp_path, "--rows", "levels")
