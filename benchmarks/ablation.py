@@ -11,10 +11,11 @@
 A row of detection.py trains a whole reader; here rows share what they have in common. Features of normals, of their
 corrupted copies and of all images that are judged are made once, the backbone is tuned once, and a row that leaves a
 part out trains the reader's networks alone, on the others. A row that leaves fills out makes corruptions, features and
-tuning of its own. Each is judged twice: what the networks that read G say, and their mean with the tuned backbone,
-which sees the image alone. Scores are of these maps, they hear nothing beside. What is finished is kept, and a training
-that was killed goes on; what rows share takes gigabytes and stays until it is removed. Nothing is chosen by a label of
-the test split.
+tuning of its own. Beside those of phase 4, reader.features knows `walk`: z, and what the whole walk of G changed of it.
+Each row is judged twice: what the networks that read G say, and their mean with the tuned backbone, which sees the
+image alone (--reader.tuned-steps 0 does without). Scores are of these maps, they hear nothing beside. What is finished
+is kept, and a training that was killed goes on; what rows share takes gigabytes and stays until it is removed. Nothing
+is chosen by a label of the test split.
 """
 
 import argparse

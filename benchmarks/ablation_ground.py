@@ -33,6 +33,14 @@ from tuned_training import fit_tuned
 Channel = tuple[str, ...]  # a feature of the reader, which part of it, and at which noise level, such as @0.25
 
 
+def walk(seen: Examined, settings: ReaderConfig, eye: torch.nn.Module | None) -> list[Tensor]:
+    """z, and what the whole walk of G changed of it, as phase 4 walks: of this ablation, no feature of phase 4."""
+    return [torch.cat([seen.z, seen.z - seen.model.normal_latent(seen.z)], dim=1)]
+
+
+FEATURES["walk"] = walk
+
+
 def channels_of(name: str, maps: list[Tensor], settings: ReaderConfig) -> list[list[Channel]]:
     """A name for each channel of each map of a feature."""
     if name != "latent":

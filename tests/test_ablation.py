@@ -15,6 +15,7 @@ import detection
 
 from checks import UsageError
 from config_reading import ReaderConfig
+from normalizer import Normalizer
 
 FEW = ("--reader.steps", "2", "--reader.copies", "1", "--reader.members", "1", "--reader.magnification", "1")
 
@@ -124,6 +125,16 @@ def test_the_tuned_backbone_alone_is_refused_where_none_is_tuned():
     with pytest.raises(UsageError, match="reader.tuned_steps is 0"):
         ablation.ways_of(ablation.TUNED, tuned=False)
     assert ablation.ways_of("everything", tuned=False) == (ablation.NETWORKS,)
+
+
+def test_the_walk_is_what_phase_4_draws(examined):
+    model = Normalizer.load(*(folder / "checkpoint_best.pt" for folder in (examined.phase1, examined.phase3)))
+    size = (model.artefact["preprocessing"][side] for side in ("height", "width"))
+    seen = model.examine(torch.zeros(2, 1, *size))
+    (maps,) = ablation_ground.FEATURES["walk"](seen, ReaderConfig(), None)
+    z, changed = maps.chunk(2, dim=1)
+    assert z.equal(seen.z) and changed.abs().max() > 0
+    assert torch.allclose(model.decode(z - changed), seen.normal, atol=1e-4)
 
 
 def test_an_unknown_row_is_refused(monkeypatch):

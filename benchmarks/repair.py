@@ -1,0 +1,149 @@
+"""G that was also taught to repair: python benchmarks/repair.py FLAGS --out FOLDER [--repair-steps 400]
+
+    --out FOLDER          where the networks go, as phases 1 and 3 leave them: then
+                          python benchmarks/ablation.py FLAGS --outputs FOLDER --rows everything --as "taught to repair"
+    --repair-steps N      optimizer steps after those of phase 3
+    --repair-lr LR        AdamW learning rate, warmed up, then cosine to a tenth
+    --pairs N             corrupted copies of each training normal
+    FLAGS                 those of inference.py: whose networks go on, where the normals are, which corruptions
+                          (reader.fills and what belongs to them)
+
+Repair training keeps the loss of phase 3 and changes its input. With z_c the latent of a corrupted normal and z that of
+the normal itself, z_t = (1 - t) z_c + t noise, and the flow head is to lead from there to z: its target is
+(z_t - z) / t, which for z_c = z is the ordinary one. The diffusion head still predicts the noise, so that its clean
+estimate is z_c. Half of each batch is corrupted. The error of the flow head is weighted by min(1, (t / 0.25)^2), since
+at small t the target is the change over t. A training that was killed goes on.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from augmentation import exposed_anew
+from command_line import parse_command
+from config import Config
+from corruption import corrupt
+from examination import open_normalizer, read_normals
+from files import load_checkpoint, save_checkpoint
+from flowdiff_loss import stratified_times
+from flowdiff_process import at_unit_variance, interpolate
+from interruption import Steps
+from last_step import LastStep
+from normalizer import Normalizer
+from progress import bar
+from runtime import EMA, autocast, generator, learning_rate, run_script, set_learning_rate, stream_seed
+from tuned_training import moved
+
+AT_FULL_WEIGHT = 0.25  # the t from which on an error of the flow head counts in full
+EMA_DECAY = 0.99
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--repair-steps", type=int, default=400)
+    parser.add_argument("--repair-lr", type=float, default=2e-4)
+    parser.add_argument("--pairs", type=int, default=4)
+    options, flags = parser.parse_known_args()
+    model, config = open_normalizer(parse_command(__doc__, [*flags, "--inference.method", "reader"]))
+    (options.out / "phase3_flowdiff").mkdir(parents=True, exist_ok=True)
+    pairs = pairs_of(model, config, options)
+    repair(model, pairs, config, options)
+    stored = load_checkpoint(config.inference.flow_checkpoint, "flowdiff", "python train_flowdiff.py")
+    path = options.out / "phase3_flowdiff" / "checkpoint_best.pt"
+    save_checkpoint(path, "flowdiff", stored | {"weights": model.network.state_dict()})
+    (options.out / "phase1_vae").mkdir(exist_ok=True)
+    shutil.copy2(config.inference.vae_checkpoint, options.out / "phase1_vae" / "checkpoint_best.pt")
+    print(f"taught to repair: {path}")
+
+
+def pairs_of(model: Normalizer, config: Config, options: argparse.Namespace) -> Tensor:
+    """Standardized latents of normals and of their corrupted copies, (N, 2, C, h, w); kept for the next command."""
+    training = read_normals(model, config, "train")
+    path = options.out / "pairs.pt"
+    asked = {"pictures": training.pictures, "pairs": options.pairs, "reader": repr(config.reader), **model.identity}
+    if path.is_file():
+        kept = load_checkpoint(path, "pairs", f"this command without {path.name}")
+        if kept["asked"] == asked:
+            return kept["latents"]
+    found, count, size = [], len(training.images) * options.pairs, config.inference.batch_size
+    for first in bar(range(0, count, size), desc="latents", unit="batch"):
+        rows = range(first, min(first + size, count))
+        pictures = np.stack([picture for row in rows for picture in pair(training.images, row, config)])
+        seen = model.examine(torch.from_numpy(pictures).unsqueeze(1), config.reader.magnification)
+        found.append(seen.z.detach().cpu().unflatten(0, (-1, 2)))
+    save_checkpoint(path, "pairs", {"asked": asked, "latents": torch.cat(found)})
+    return torch.cat(found)
+
+
+def pair(images: np.ndarray, row: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """A normal, moved and exposed anew, and the same with foreign shapes in it; each float32 (k H, k W)."""
+    random = np.random.default_rng(stream_seed(config.runtime.seed, "repair", row))
+    settings, donor = config.reader, images[random.integers(len(images))]
+    normal = moved(np.asarray(images[row % len(images)]), settings.tuned_turn, settings.tuned_stretch, random)
+    normal = exposed_anew(normal, config.data, random).astype(np.float32)
+    return normal, corrupt(normal, donor, random, settings)[0]
+
+
+def repair(model: Normalizer, pairs: Tensor, config: Config, options: argparse.Namespace) -> None:
+    """The model's network learns on, and is left with a moving average of its weights."""
+    settings, device, seed = config.flowdiff, model.device, config.runtime.seed
+    network = model.network.train().requires_grad_(True)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=options.repair_lr, weight_decay=settings.weight_decay)
+    average = EMA(network, EMA_DECAY)
+    identity = {"steps": options.repair_steps, "lr": options.repair_lr, "pairs": len(pairs), **model.identity}
+    parts = {"weights": network, "average": average, "optimizer": optimizer}
+    kept = LastStep(options.out / "repair_last.pt", "repair", identity, parts, "this command with another --out")
+    begun = kept.take_up(config.runtime.resume)
+    with bar(total=options.repair_steps, initial=begun, desc="repair", unit="step") as progress:
+        steps = Steps()
+        for step in steps.of(range(begun, options.repair_steps)):
+            lr = learning_rate(step, options.repair_lr, settings.lr_warmup_steps // 2, options.repair_steps)
+            set_learning_rate(optimizer, lr)
+            random = generator(seed, "repair", step)
+            rows = torch.randint(len(pairs), (settings.batch_size,), generator=random)
+            clean, seen = pairs[rows, 0], pairs[rows, 1]
+            seen = torch.where(torch.arange(len(rows)).reshape(-1, 1, 1, 1) % 2 == 0, seen, clean)
+            noise = torch.randn(clean.shape, generator=random)
+            t = stratified_times(len(rows), random).clamp_min(0.01)
+            with autocast(config.runtime, device):
+                loss = repair_loss(network, *(part.to(device) for part in (clean, seen, noise, t)), config)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), settings.grad_clip)
+            optimizer.step()
+            average.update(network)
+            progress.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
+            progress.update()
+            if (step + 1) % 50 == 0 or step + 1 == options.repair_steps or steps.asked:
+                kept.write(step + 1)
+    kept.refuse_diverged("the training diverged: lower --repair-lr")
+    network.load_state_dict(average.module.state_dict())
+    network.requires_grad_(False).eval()
+
+
+def repair_loss(
+    network: torch.nn.Module, clean: Tensor, seen: Tensor, noise: Tensor, t: Tensor, config: Config
+) -> Tensor:
+    """Both heads' weighted squared errors; clean, seen, noise (B, C, h, w), t (B,) above 0."""
+    z_t = interpolate(seen, noise, t)
+    noise_hat, velocity_hat = network(at_unit_variance(z_t, t), t)
+    velocity = (z_t - clean) / t.reshape(-1, 1, 1, 1)
+    flow = F.mse_loss(velocity_hat.float(), velocity, reduction="none").flatten(1).mean(1)
+    weight = (t / AT_FULL_WEIGHT).square().clamp_max(1)
+    diff = F.mse_loss(noise_hat.float(), noise)
+    return config.flowdiff.lambda_diff * diff + config.flowdiff.lambda_flow * (weight * flow).mean()
+
+
+if __name__ == "__main__":
+    run_script(main)
