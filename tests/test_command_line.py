@@ -29,7 +29,7 @@ def test_the_command_line_beats_the_preset_and_nothing_else_changes():
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("--preset gpu", "unknown preset 'gpu': choose one of default, cpu, demo"),
+        ("--preset tpu", "unknown preset 'tpu': choose one of default, cpu, gpu, demo"),
         ("--preset", "--preset: expected one argument"),
         ("--outputs=", "--outputs is empty: give a folder"),
         ("--flowdiff.total-steps 9 --vae.steps abc", "--vae.steps takes a whole number, got abc"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -229,6 +230,18 @@ def test_presets_construct_and_keep_every_path_in_one_folder(name):
     folder = "./outputs" if name == "default" else f"./outputs/{name}"
     paths = paths_of(preset(name))
     assert len(paths) == 11 and all(path.startswith(f"{folder}/") for path in paths.values())
+
+
+def test_the_preset_of_a_gpu_is_what_the_table_was_measured_with():
+    """But for the size, which detection.py names beside these flags, and what shapes no result."""
+    asked = json.loads((ROOT / "benchmarks/results/detection-h100/reader-512-seed0.json").read_text())["asked"]
+    measured = parse_command("", [*asked["flags"], "--data.height", "512", "--data.width", "512", "--outputs", "here"])
+    given = parse_command("", ["--preset", "gpu", "--outputs", "here", "--vae.pretrained", "taesd"])
+    measured, given = dataclasses.asdict(measured.config), dataclasses.asdict(given.config)
+    differs = {
+        f"{phase}.{name}" for phase in given for name in given[phase] if given[phase][name] != measured[phase][name]
+    }
+    assert differs == {"data.num_workers", "flowdiff.sample_every"}
 
 
 @pytest.mark.parametrize("name", PRESETS)
