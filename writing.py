@@ -128,16 +128,24 @@ class _Process:
             self._connection.send((function, given))
             error, where = self._connection.recv()
         except (EOFError, OSError) as ended:
-            raise UsageError(
-                "a process that draws was killed, perhaps for want of memory: lower data.num_workers (0 draws in the "
-                f"main process) or inference.batch_size; {remembered()}"
-            ) from ended
+            raise UsageError(f"{_why_ended(self._process)}; {remembered()}") from ended
         if error is not None:
             raise error from RuntimeError(where)
 
     def close(self) -> None:
         self._connection.close()
         self._process.wait()
+
+
+def _why_ended(process: subprocess.Popen) -> str:
+    """What to say of a process that draws and is no more."""
+    code = process.wait()
+    if code > 0:  # by itself: an import that failed, say, about which it has spoken
+        return f"a process that draws ended with code {code}, see above: --data.num-workers 0 draws in the main process"
+    return (
+        "a process that draws was killed, perhaps for want of memory: lower data.num_workers (0 draws in the main "
+        "process) or inference.batch_size"
+    )
 
 
 def serve(connection: Connection) -> None:

@@ -14,6 +14,15 @@ for each row. Rows of others are files in peers/. A part says its seed, size, se
 Nothing is chosen by a label of the test split.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import interruption
+
+    interruption.begin()  # first: a signal may come during the imports below, too
+
 import argparse
 import csv
 import importlib
@@ -153,7 +162,7 @@ def run_part(row: str, seed: int, options: argparse.Namespace, flags: list[str])
     """One method under one seed: run, judged, and kept; taken as it is where it was kept before."""
     path, asked = part_file(row, seed, options), asked_for(row, options, flags)
     if path.is_file():
-        kept = read_part(path)["asked"]
+        kept, asked = in_order(read_part(path)["asked"]), in_order(asked)
         other = [name for name in sorted({*kept, *asked}) if kept.get(name) != asked.get(name)]
         if other:
             raise UsageError(
@@ -203,6 +212,14 @@ def asked_for(row: str, options: argparse.Namespace, flags: list[str]) -> dict:
     return asked
 
 
+def in_order(asked: dict) -> dict:
+    """The same, whatever the order of its flags, each with its values."""
+    flags: list[list[str]] = []
+    for word in asked.get("flags", []):
+        flags.append([word]) if word.startswith("--") or not flags else flags[-1].append(word)
+    return asked | {"flags": sorted(flags)}
+
+
 def manifest_sha256(data: Path) -> str:
     """Of the manifest that names the radiographs; UsageError where there is none."""
     manifest = data if data.is_file() else data / "manifest.csv"
@@ -237,8 +254,15 @@ def run_ours(row: str, flags: list[str], folder: Path, networks: Path | None) ->
 
 
 def call(script: str, flags: list[str]) -> None:
-    """A phase in a process of its own; UsageError if it fails."""
-    if subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode:
+    """A phase in a process of its own, which a signal ends, too; UsageError if it fails."""
+    with subprocess.Popen([sys.executable, str(ROOT / script), *flags]) as phase:
+        try:
+            code = phase.wait()
+        except KeyboardInterrupt as signal:  # it finishes its step, and says how it goes on
+            if str(signal) == "SIGTERM":  # a terminal tells both
+                phase.terminate()
+            raise
+    if code:
         raise UsageError(f"{script} failed, see above: run the same command again when it is mended")
 
 
@@ -332,7 +356,7 @@ def refuse_unlike(parts: list[dict]) -> None:
         raise UsageError("the parts are of different radiographs: give each manifest a --results of its own")
     first: dict[tuple, dict] = {}
     for part in parts:
-        asked = {name: value for name, value in part["asked"].items() if name != "flow_sha256"}
+        asked = {name: value for name, value in in_order(part["asked"]).items() if name != "flow_sha256"}
         if first.setdefault((part["row"], part["size"]), asked) != asked:
             raise UsageError(f"the seeds of {part['row']} were run with different flags: remove one, or run it again")
 

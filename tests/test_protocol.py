@@ -3,6 +3,7 @@
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -312,6 +313,15 @@ def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(detection, "run_ours", lambda *_: pytest.fail("run again"))
     detection.run_part("plain", 3, options, ["--vae.pretrained", "/elsewhere/taesd"])
     assert "there already" in capsys.readouterr().out and "somewhere" not in kept.read_text()
+    kept.write_text(
+        json.dumps(
+            part("plain", 3, 0.5) | {"asked": asked | {"flags": ["--reader.levels", "0.1", "0.2", "--vae.lr=3e-4"]}}
+        )
+    )
+    detection.run_part("plain", 3, options, ["--vae.lr=3e-4", "--reader.levels", "0.1", "0.2"])
+    with pytest.raises(UsageError, match="is of other"):
+        detection.run_part("plain", 3, options, ["--vae.lr=3e-4", "--reader.levels", "0.2", "0.1"])
+    kept.write_text(json.dumps(part("plain", 3, 0.5) | {"asked": asked}))
     for change in ("flags", "networks", "data"):
         if change == "networks":
             trained.write_bytes(b"other networks")
@@ -320,6 +330,23 @@ def test_a_part_that_is_kept_is_not_run_again(tmp_path, monkeypatch, capsys):
         flags = ["--vae.lr", "1e-4"] if change == "flags" else ["--vae.pretrained", "/somewhere/taesd"]
         with pytest.raises(UsageError, match="is of other radiographs, networks, flags or code"):
             detection.run_part("plain", 3, options, flags)
+
+
+def test_a_signal_to_the_comparison_ends_its_phase_too(tmp_path):
+    phase = "import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(print('ended', flush=True)))\n"
+    (tmp_path / "phase.py").write_text(phase + "print('begun', flush=True)\ntime.sleep(60)\n")
+    code = f"""if True:
+        import sys
+        sys.path[:0] = {[str(ROOT), str(ROOT / "benchmarks")]}
+        import interruption; interruption.begin()
+        import detection, pathlib, runtime
+        detection.ROOT = pathlib.Path({str(tmp_path)!r})
+        runtime.run_script(lambda: detection.call("phase.py", []))"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True) as run:
+        assert run.stdout.readline() == "begun\n"
+        run.terminate()
+        said, told = run.communicate()
+    assert said == "ended\n" and told.startswith("interrupted by SIGTERM") and run.returncode == 143
 
 
 @pytest.mark.parametrize("row", detection.OURS)

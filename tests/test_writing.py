@@ -149,6 +149,12 @@ def test_a_process_that_is_killed_ends_the_run_with_the_remedy(writing):
         writing.finish()
 
 
+def test_a_process_that_ended_by_itself_is_not_blamed_on_memory(writing):
+    with pytest.raises(UsageError, match=r"ended with code 3, see above: --data.num-workers 0"):
+        writing.draw(os._exit, 3)
+        writing.finish()
+
+
 # ---------------------------------------------------------------- signals, and the end of the run
 
 
