@@ -34,7 +34,8 @@ class Whole:
         known = shaping["calibration"]
         belongs_to, others = known["belongs_to"], {key: shaping[key] for key in ("preprocessing", "recipe", "torch")}
         hashes = {name: value for name, value in belongs_to.items() if name.endswith("_sha256")}
-        walk = {name: value for name, value in belongs_to.items() if name not in hashes}
+        walk = {"precision": "float32"}  # of which a calibration does not speak
+        walk |= {name: value for name, value in belongs_to.items() if name not in hashes}
         settings = {"inference": walk | shaping["settings"], "device": device, **others}
         names = {"vae_sha256": "the VAE", "flow_sha256": "the normalizer", "reader_sha256": "the reader"}
         inputs = {names.get(name, name): value for name, value in hashes.items()}

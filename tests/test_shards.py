@@ -17,6 +17,7 @@ import results
 from extract_latents import keys_of_shard
 from files import SEAL
 from holding import hold
+from merging import Whole
 from normalizer import Normalizer
 from reporting.lookup import LOOKUP
 from results import KEPT, UNFINISHED
@@ -200,6 +201,16 @@ def test_what_is_missing_or_foreign_is_not_merged(before, flags, words, job, out
     result = job("merge", *QUIET, *flags)
     assert result.code == 2 and re.search(words, result.error), result.error
     assert not (out / "scores.csv").exists()
+
+
+def test_shards_of_two_precisions_are_told_by_their_names(out):
+    def made_of(**walk):
+        shaping = {"calibration": {"belongs_to": walk}, "settings": {"batch_size": 8}}
+        shaping |= {"preprocessing": {}, "recipe": 1, "torch": "2"}
+        return Whole.of(out, "", [], shaping, "cpu").made_of
+
+    told = made_of().changes_since(made_of(precision="bf16").plain())
+    assert told["inference.precision"] == "inference.precision was bf16, now float32"
 
 
 def test_shards_of_other_radiographs_are_not_merged(job, examined, tmp_path):
