@@ -10,7 +10,7 @@ from pathlib import Path
 import speed_work as work_of
 import torch
 from speed_augmentation import augmentations
-from speed_reader import tuning_step
+from speed_reader import tuning_step, whole_step
 from stopwatch import Work, compare, free_mib, measure, own_mib, ten_most
 
 from checks import UsageError
@@ -175,6 +175,13 @@ def tuning(here: Here, size: int) -> list[dict]:
     return side_by_side({name: tuning_step(config, accelerator, ours) for name, ours in names.items()}, here)
 
 
+def lessons(here: Here, size: int) -> list[dict]:
+    """The reader's tuned backbone, steps with the corruptions that they learn from."""
+    config = here.config(size, 1)
+    make = lambda: whole_step(config, here.accelerator)  # noqa: E731
+    return [one_row(make, config.reader.crops, here, here.options.seconds)]
+
+
 def augmentation(here: Here, size: int) -> list[dict]:
     """Augmentation by the host, image by image, beside batches on the device."""
     batches = [here.config(size, batch) for batch in here.batches]
@@ -268,6 +275,7 @@ PARTS: dict[str, Callable[[Here, int], list[dict]]] = {
     "phase4-reader": each_batch(phase4("reader")),
     "plain-loop": plain_loop,
     "tuning": tuning,
+    "tuning-whole": lessons,
     "augmentation": augmentation,
     "examinations": examinations,
     "settings": settings,
@@ -279,4 +287,4 @@ PARTS: dict[str, Callable[[Here, int], list[dict]]] = {
     "profile-phase3": profiled("phase 3", phase3),
 }
 # at the first size alone
-ONCE = ("plain-loop", "tuning", "settings", "compile", "scaling", "profile-phase1", "profile-phase3")
+ONCE = ("plain-loop", "tuning", "tuning-whole", "settings", "compile", "scaling", "profile-phase1", "profile-phase3")

