@@ -16,7 +16,7 @@ TABLE = (
     ("data.width",                    SAME,                  512,                   SAME),
     ("data.percentile_low",           SAME,                  SAME,                  0.5),
     ("data.percentile_high",          SAME,                  SAME,                  99.5),
-    ("data.num_workers",              0,                     SAME,                  0),
+    ("data.num_workers",              2,                     SAME,                  0),
     ("data.flip",                     SAME,                  SAME,                  True),
     ("data.rotate_degrees",           SAME,                  SAME,                  1.5),
     ("vae.pretrained",                "madebyollin/taesd",   "madebyollin/taesd",   "./assets/phantom_vae"),

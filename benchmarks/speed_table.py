@@ -59,7 +59,7 @@ def steps(parts: list[Part]) -> str:
     titles += ["of", "waits", "peak, MiB"]
     lines = []
     for part in parts:
-        for row in part["rows"] if part["part"].startswith("phase") else ():
+        for row in part["rows"] if part["part"].startswith(("phase", "tuning-whole")) else ():
             cells = ["does not fit"] + ["-"] * 6
             if row["fits"]:
                 cells = [said(row["images_per_s"]), said(row["step_ms"]), said(row["core_ms"]), f"{row['share']:.0%}"]
