@@ -164,6 +164,9 @@ class UNetConfig:
     norm_groups: int = 32  # groups of the group norm; divides every entry of channels
     attention_head_dim: int = 32  # features per attention head; divides the channels of every level with attention
     dropout: float = 0.0  # dropout in the residual blocks; 0.1 helps on a few hundred images
+    # side, in latent entries, of the tiles that it trains on and that larger latents are read by, each with its
+    # position: 32 trains at 512 px for the price of 256, and reads in nine overlapping tiles; 0 sees the whole
+    tile: int = 0
 
     def __post_init__(self):
         levels = len(self.channels)
@@ -178,6 +181,9 @@ class UNetConfig:
             require(divides, message)
             divides = not attends or channels % self.attention_head_dim == 0
             require(divides, f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}")
+        require_ranges("unet", self, ("tile",), 0)
+        whole = self.tile % self.downsampling == 0
+        require(whole, f"unet.tile must be a multiple of {self.downsampling}, or 0 for whole latents, got {self.tile}")
         require_ranges("unet", self, ("dropout",), 0, 0.9)
 
     @property

@@ -5,6 +5,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from config import UNetConfig
+from tiles import Stitched, corners, cut, fits, positions
 
 
 class FlowDiffUNet(nn.Module):
@@ -13,11 +14,14 @@ class FlowDiffUNet(nn.Module):
     The trunk is diffusers' UNet2DModel with its own output layers taken out; each head is norm, activation and a
     convolution that starts at zero, so that training starts from the prediction 0 for both. Two extra input channels
     carry the position: a panoramic is taken in one pose, so where something is belongs to whether it is normal.
+
+    With unet.tile it sees tiles of that side, whose positions are those in the whole: it is given them where it trains
+    on tiles, and of a larger latent it reads overlapping ones and gives their mean, so that nobody else knows of it.
     """
 
     def __init__(self, config: UNetConfig, latent_channels: int):
         super().__init__()
-        features = config.channels[0]
+        features, self.tile = config.channels[0], config.tile
         self.trunk = UNet2DModel(
             in_channels=latent_channels + 2,
             out_channels=features,
@@ -33,16 +37,35 @@ class FlowDiffUNet(nn.Module):
         self.noise_head = _head(features, latent_channels, config.norm_groups)
         self.velocity_head = _head(features, latent_channels, config.norm_groups)
 
-    def forward(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(noise_hat, velocity_hat), both (B, C, h, w), from z_t (B, C, h, w) at unit variance and t (B,) in [0, 1]."""
-        return self.heads_and_features(z_t, t)[:2]
+    def forward(self, z_t: Tensor, t: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(noise_hat, velocity_hat), both (B, C, h, w), from z_t (B, C, h, w) at unit variance and t (B,) in [0, 1].
 
-    def heads_and_features(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        places: of tiles, where they lie, (B, 2, h, w) cut from tiles.positions; without, z_t is whole.
+        """
+        return self.heads_and_features(z_t, t, places)[:2]
+
+    def heads_and_features(self, z_t: Tensor, t: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The same, and the trunk's last features (B, F, h, w), which both heads read."""
-        located = torch.cat([z_t, _positions(z_t)], dim=1)  # (B, C + 2, h, w)
+        size = z_t.shape[-2:]
+        if places is None and not fits(size, self.tile):
+            return self._by_tiles(z_t, t)
+        if places is None:
+            places = positions(size, z_t).expand(len(z_t), -1, -1, -1)
+        located = torch.cat([z_t, places], dim=1)  # (B, C + 2, h, w)
         timestep = 1000 * t  # diffusers' embedding expects it in [0, 1000)
         features = self.trunk(located, timestep).sample  # (B, F, h, w)
         return self.noise_head(features), self.velocity_head(features), features
+
+    def _by_tiles(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        size = z_t.shape[-2:]
+        places = positions(size, z_t).expand(len(z_t), -1, -1, -1)
+        whole = [Stitched(size) for _ in range(3)]
+        for corner in corners(size, self.tile):
+            at = [corner] * len(z_t)
+            parts = self.heads_and_features(cut(z_t, at, self.tile), t, cut(places, at, self.tile))
+            for stitched, part in zip(whole, parts, strict=True):
+                stitched.add(part, corner)
+        return tuple(stitched.mean() for stitched in whole)
 
 
 def _head(features: int, channels: int, groups: int) -> nn.Sequential:
@@ -50,10 +73,3 @@ def _head(features: int, channels: int, groups: int) -> nn.Sequential:
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     return nn.Sequential(nn.GroupNorm(groups, features), nn.SiLU(), convolution)
-
-
-def _positions(z: Tensor) -> Tensor:
-    batch, _, height, width = z.shape
-    rows = torch.linspace(-1, 1, height, device=z.device, dtype=z.dtype).reshape(1, 1, height, 1)
-    columns = torch.linspace(-1, 1, width, device=z.device, dtype=z.dtype).reshape(1, 1, 1, width)
-    return torch.cat([rows.expand(batch, 1, height, width), columns.expand(batch, 1, height, width)], dim=1)

@@ -52,9 +52,12 @@ def at_unit_variance(z_t: Tensor, t: Tensor | float) -> Tensor:
     return z_t / torch.sqrt((1 - t) ** 2 + t**2)
 
 
-def two_heads(network: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Predict:
-    """`predict` by a network that wants its input at unit variance; autocast is the caller's business."""
-    return lambda z_t, t: network(at_unit_variance(z_t, t), t)
+def two_heads(network: Callable[..., tuple[Tensor, Tensor]], *places: Tensor) -> Predict:
+    """`predict` by a network that wants its input at unit variance; autocast is the caller's business.
+
+    places: of tiles, where they lie, for a network that asks for it.
+    """
+    return lambda z_t, t: network(at_unit_variance(z_t, t), t, *places)
 
 
 def clean_from_velocity(z_t: Tensor, velocity: Tensor, t: Tensor | float) -> Tensor:

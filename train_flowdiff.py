@@ -46,7 +46,7 @@ from files import (
     sha256,
     write_json,
 )
-from flowdiff_batch import draw, latent_batches
+from flowdiff_batch import draw, latent_batches, tiles_of
 from flowdiff_loss import generative_loss, identity_loss, lambda_identity, loss_by_time, stratified_times
 from flowdiff_model import FlowDiffUNet
 from flowdiff_process import Predict, normalizer, sample, two_heads
@@ -126,7 +126,6 @@ def main() -> None:
         write_json(out / "config.json", shareable(config))  # first: it says whose the other files are
     model, optimizer = accelerator.prepare(compiled(network, options, device), optimizer)
     loader = latent_batches(train, (step, total_steps), config, accelerator)
-    predict = two_heads(model)
 
     def decode(z: Tensor) -> Tensor:
         with accelerator.autocast():
@@ -152,12 +151,12 @@ def main() -> None:
         step += 1
         torch.manual_seed(stream_seed(seed, "step", step, accelerator.process_index))  # for dropout
         batch = draw(z, step, config, accelerator)
-        loss = generative_loss(predict, batch.z, batch.noise, batch.t, settings)
+        loss = generative_loss(two_heads(model, *batch.places), batch.z, batch.noise, batch.t, settings)
         total, terms = loss.total, loss.terms
 
         lambda_id = lambda_identity(step, settings)
         if lambda_id > 0 and len(batch.seen):
-            walk = training_normalizer(predict, batch.walk, config)
+            walk = training_normalizer(two_heads(model, *batch.seen_places), batch.walk, config)
             identity_error = identity_loss(walk, batch.seen, decode if settings.identity_space == "pixel" else None)
             total = total + lambda_id * batch.seen_weight * identity_error
             terms = terms | {"loss_id": identity_error, "weighted_id": lambda_id * identity_error}
@@ -225,7 +224,9 @@ def run_identity(
     """What a resumed run must share: numbers and contents, not where files lie nor how often it says something."""
     unshared = ("output", "latents", "vae_checkpoint", "log_every", "sample_every", "device_gb")
     settings = {
-        "unet": plain(config.unet),
+        "unet": without(
+            plain(config.unet), *(() if config.unet.tile else ("tile",))
+        ),  # of which earlier runs know nothing
         "flowdiff": without(plain(config.flowdiff), *unshared),
         "runtime": {"seed": config.runtime.seed},
         "number of processes": accelerator.num_processes,
@@ -280,13 +281,15 @@ def validate(
     `objective` is L_gen + lambda_id_global L_id whatever the step; a small set is gone through several times, for less
     noise.
     """
-    settings, meter, predict = config.flowdiff, Meter(), two_heads(network)
+    settings, meter = config.flowdiff, Meter()
     pixels = settings.identity_space == "pixel"
     random = generator(config.runtime.seed, "validation")
     for repeat in range(max(1, round(128 / len(dataset)))):
         for z in waiting.of(DataLoader(dataset, batch_size=settings.batch_size)):
+            z, places = tiles_of(z, config.unet.tile, random)
             noise, t = torch.randn(z.shape, generator=random), stratified_times(len(z), random)
-            z, noise, t = (part.to(accelerator.device) for part in (z, noise, t))
+            z, noise, t, *places = (part.to(accelerator.device) for part in (z, noise, t, *places))
+            predict = two_heads(network, *places)
             with accelerator.autocast():
                 values = generative_loss(predict, z, noise, t, settings).terms
                 if repeat == 0 or not pixels:

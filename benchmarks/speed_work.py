@@ -123,7 +123,7 @@ def phase3(
     guard, meter, numbers = StepGuard("flowdiff.lr", 20, optimizer=leaves_out(optimizer)), Meter(), count(1)
     work = Work(None, settings.batch_size, computes_in(accelerator))
     batches = timed(latent_batches(latents, (0, FOR_EVER), config, accelerator), work.waited)
-    predict, lambda_id = two_heads(model), lambda_identity(settings.total_steps, settings) if identity else 0.0
+    lambda_id = lambda_identity(settings.total_steps, settings) if identity else 0.0
     model.train()
 
     def decode(z: Tensor) -> Tensor:
@@ -133,10 +133,10 @@ def phase3(
     def step() -> None:
         number = next(numbers)
         batch = draw(next(batches), number, config, accelerator)
-        loss = generative_loss(predict, batch.z, batch.noise, batch.t, settings)
+        loss = generative_loss(two_heads(model, *batch.places), batch.z, batch.noise, batch.t, settings)
         total, terms = loss.total, loss.terms
         if lambda_id > 0 and len(batch.seen):
-            walk = training_normalizer(predict, batch.walk, config)
+            walk = training_normalizer(two_heads(model, *batch.seen_places), batch.walk, config)
             error = identity_loss(walk, batch.seen, decode if settings.identity_space == "pixel" else None)
             total = total + lambda_id * batch.seen_weight * error
             terms = terms | {"loss_id": error, "weighted_id": lambda_id * error}

@@ -66,6 +66,7 @@ LEAVES = {
     "shards",
     "shelf",
     "thresholds",
+    "tiles",
     "typical",
     "waiting",
     "writing",
