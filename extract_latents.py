@@ -157,7 +157,7 @@ def made_from(
 
 
 def is_finished(out: Path, made_of: dict) -> bool:
-    """Whether the folder holds the latents of just that, whole."""
+    """Whether the folder holds the latents of just that, whole; it says what they differ in if they are of another."""
     if not (out / "latents.json").is_file():
         return False
     try:
@@ -165,7 +165,18 @@ def is_finished(out: Path, made_of: dict) -> bool:
         whole = all(sha256(out / f"latents_{split}.npy") == known for split, known in description["sha256"].items())
     except (UsageError, OSError):
         return False
-    return whole and description.get("made_from") == made_of
+    before, now = (flat(known) for known in (description.get("made_from") or {}, made_of))
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
+        print(f"the latents in {out} differ in {', '.join(changed)}: they are made anew")
+    return whole and not changed
+
+
+def flat(known: dict) -> dict:
+    """Settings within settings under names such as data.flip."""
+    inner = {name: value for name, value in known.items() if isinstance(value, dict)}
+    deeper = {f"{name}.{key}": each for name, value in inner.items() for key, each in value.items()}
+    return {name: value for name, value in known.items() if name not in inner} | deeper
 
 
 def unseen_rows(dataset: RadiographDataset, checkpoint: dict, settings: LatentConfig) -> list[int]:

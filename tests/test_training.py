@@ -419,5 +419,7 @@ def test_latents_that_are_there_already_are_not_made_again(call, made, tmp_path)
         file.seek(-8, 2)
         file.write(b"\x00\x00\x80\x3f")
     mended = call("extract_latents")
-    assert mended.code == 0 and "already" not in mended.out
+    assert mended.code == 0 and "already" not in mended.out and "differ in" not in mended.out
     assert (out / "latents_val.npy").read_bytes() == (made.phase2 / "latents_val.npy").read_bytes()
+    other = call("extract_latents", "--latent.augmented-copies", COPIES + 1)
+    assert other.code == 0 and "differ in latent.augmented_copies: they are made anew" in other.out
