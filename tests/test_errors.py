@@ -95,7 +95,7 @@ def test_unreadable_files_are_listed_in_a_file_that_the_error_names(call, tmp_pa
 
 
 FLAGS = {
-    "unknown preset": (["--preset", "gpu"], "unknown preset 'gpu': choose one of default, cpu, demo"),
+    "unknown preset": (["--preset", "tpu"], "unknown preset 'tpu': choose one of default, cpu, gpu, demo"),
     "negative weight": (["--vae.lambda-grad", "-1"], "vae.lambda_grad must be at least 0, got -1"),
     "indivisible size": (
         ["--data.width", "100"],
