@@ -37,7 +37,7 @@ from checks import UsageError
 from command_line import parse_command
 from config import VAE_DOWNSAMPLING, Config, LatentConfig
 from dataset import RadiographDataset, open_normals
-from files import load_checkpoint, sha256, write_atomically, write_sealed_json
+from files import RunIdentity, load_checkpoint, sha256, write_atomically, write_sealed_json
 from growing import GrowingArray, finished_rows
 from holding import hold
 from interruption import Steps, ignore_signals, remember
@@ -165,18 +165,11 @@ def is_finished(out: Path, made_of: dict) -> bool:
         whole = all(sha256(out / f"latents_{split}.npy") == known for split, known in description["sha256"].items())
     except (UsageError, OSError):
         return False
-    before, now = (flat(known) for known in (description.get("made_from") or {}, made_of))
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    stored = {"settings": description.get("made_from") or {}, "inputs": {}}
+    changed = sorted(RunIdentity(made_of, {}, ()).changes_since(stored))
     if changed:
         print(f"the latents in {out} differ in {', '.join(changed)}: they are made anew")
     return whole and not changed
-
-
-def flat(known: dict) -> dict:
-    """Settings within settings under names such as data.flip."""
-    inner = {name: value for name, value in known.items() if isinstance(value, dict)}
-    deeper = {f"{name}.{key}": each for name, value in inner.items() for key, each in value.items()}
-    return {name: value for name, value in known.items() if name not in inner} | deeper
 
 
 def unseen_rows(dataset: RadiographDataset, checkpoint: dict, settings: LatentConfig) -> list[int]:

@@ -11,7 +11,7 @@ from config import Config
 from flowdiff_loss import identity_places, stratified_times
 from latent_dataset import LatentDataset
 from runtime import generator, own_part, step_batches, step_loader
-from tiles import cut, fits, positions, random_corners
+from tiles import cut, fits, places_of, random_corners
 
 RESIDENT = ("cuda",)  # devices whose memory is not the one that files are mapped into
 
@@ -60,7 +60,7 @@ def tiles_of(
     if fits(size, side):
         return z, ()
     own = random_corners(len(z) * ranks, size, side, random)[rank * len(z) : (rank + 1) * len(z)]
-    places = positions(size, z).expand(len(z), -1, -1, -1)
+    places = places_of(size, z.device, z.dtype).expand(len(z), -1, -1, -1)
     return cut(z, own, side), (cut(places, own, side),)
 
 

@@ -5,7 +5,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from config import UNetConfig
-from tiles import Stitched, corners, cut, fits, positions
+from tiles import corners, cut, fits, places_of, stitched
 
 
 class FlowDiffUNet(nn.Module):
@@ -40,7 +40,7 @@ class FlowDiffUNet(nn.Module):
     def forward(self, z_t: Tensor, t: Tensor, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(noise_hat, velocity_hat), both (B, C, h, w), from z_t (B, C, h, w) at unit variance and t (B,) in [0, 1].
 
-        places: of tiles, where they lie, (B, 2, h, w) cut from tiles.positions; without, z_t is whole.
+        places: of tiles, where they lie, (B, 2, h, w) cut from tiles.places_of; without, z_t is whole.
         """
         return self.heads_and_features(z_t, t, places)[:2]
 
@@ -50,7 +50,7 @@ class FlowDiffUNet(nn.Module):
         if places is None and not fits(size, self.tile):
             return self._by_tiles(z_t, t)
         if places is None:
-            places = positions(size, z_t).expand(len(z_t), -1, -1, -1)
+            places = places_of(size, z_t.device, z_t.dtype).expand(len(z_t), -1, -1, -1)
         located = torch.cat([z_t, places], dim=1)  # (B, C + 2, h, w)
         timestep = 1000 * t  # diffusers' embedding expects it in [0, 1000)
         features = self.trunk(located, timestep).sample  # (B, F, h, w)
@@ -58,14 +58,12 @@ class FlowDiffUNet(nn.Module):
 
     def _by_tiles(self, z_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
         size = z_t.shape[-2:]
-        places = positions(size, z_t).expand(len(z_t), -1, -1, -1)
-        whole = [Stitched(size) for _ in range(3)]
-        for corner in corners(size, self.tile):
+        places = places_of(size, z_t.device, z_t.dtype).expand(len(z_t), -1, -1, -1)
+        corner_of_each, parts = corners(size, self.tile), []
+        for corner in corner_of_each:
             at = [corner] * len(z_t)
-            parts = self.heads_and_features(cut(z_t, at, self.tile), t, cut(places, at, self.tile))
-            for stitched, part in zip(whole, parts, strict=True):
-                stitched.add(part, corner)
-        return tuple(stitched.mean() for stitched in whole)
+            parts.append(self.heads_and_features(cut(z_t, at, self.tile), t, cut(places, at, self.tile)))
+        return tuple(stitched(tiles, corner_of_each, size) for tiles in zip(*parts, strict=True))
 
 
 def _head(features: int, channels: int, groups: int) -> nn.Sequential:

@@ -24,6 +24,7 @@ from features import FeatureExtractor
 from files import load_checkpoint, save_checkpoint, weights_sha256
 from normalizer import Examined
 from standardization import PixelStatistics
+from tiles import places_of
 from tuned_backbone import TunedBackbone
 
 Crop = tuple[float, float, float]  # top and left as shares of the image, and the share of each side that is kept
@@ -146,10 +147,8 @@ class ReaderEnsemble(nn.ModuleList):
 
 def positions(size: tuple[int, int], crops: list[Crop], device: torch.device | str) -> Tensor:
     """Where each place lies, row and column in [-1, 1]: (B, 2, h, w) for crops of a grid of this size."""
-    rows = torch.linspace(-1, 1, size[0], device=device).reshape(1, 1, -1, 1).expand(1, 1, *size)
-    columns = torch.linspace(-1, 1, size[1], device=device).reshape(1, 1, 1, -1).expand(1, 1, *size)
-    both = torch.cat([rows, columns], dim=1)
-    return torch.cat([cropped(both, crop) for crop in crops])
+    whole = places_of(size, device)[None]
+    return torch.cat([cropped(whole, crop) for crop in crops])
 
 
 @dataclass(frozen=True)

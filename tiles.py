@@ -12,9 +12,9 @@ from torch import Tensor
 Corner = tuple[int, int]
 
 
-def positions(size: tuple[int, int], like: Tensor) -> Tensor:
-    """Row and column of each place of a latent (h, w), both from -1 to 1, (2, h, w) in dtype and place of `like`."""
-    rows, columns = (torch.linspace(-1, 1, length, device=like.device, dtype=like.dtype) for length in size)
+def places_of(size: tuple[int, int], device: torch.device | str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Row and column of each place of a grid (h, w), both from -1 to 1, (2, h, w)."""
+    rows, columns = (torch.linspace(-1, 1, length, device=device, dtype=dtype) for length in size)
     return torch.stack([rows[:, None].expand(size), columns[None, :].expand(size)])
 
 
@@ -47,31 +47,23 @@ def cut(maps: Tensor, at: Sequence[Corner], side: int) -> Tensor:
     )
 
 
-class Stitched:
-    """The mean of tiles (B, C, side, side) over a latent (h, w), each place weighted by how far inside it lies."""
+def stitched(tiles: Sequence[Tensor], at: Sequence[Corner], size: tuple[int, int]) -> Tensor:
+    """The mean of tiles, each (B, C, side, side) at its corner of a latent (h, w): (B, C, h, w), float32.
 
-    def __init__(self, size: tuple[int, int]):
-        self.size = size
-        self.sums: Tensor | float = 0.0
-        self.weights: Tensor | float = 0.0
-
-    def add(self, tile: Tensor, at: Corner) -> None:
-        """One tile of each of the batch, at the same corner."""
-        height, width = tile.shape[-2:]
-        box = (..., slice(at[0], at[0] + height), slice(at[1], at[1] + width))
-        if isinstance(self.sums, float):
-            self.sums = torch.zeros(*tile.shape[:-2], *self.size, device=tile.device)
-            self.weights = torch.zeros(self.size, device=tile.device)
-        weight = _inside(height, tile)[:, None] * _inside(width, tile)[None, :]
-        self.sums[box] += weight * tile
-        self.weights[box] += weight
-
-    def mean(self) -> Tensor:
-        """Of all that were added, (B, C, h, w), float32."""
-        return self.sums / self.weights
+    Each place of a tile is weighted by how far inside it lies.
+    """
+    sums = torch.zeros(*tiles[0].shape[:2], *size, device=tiles[0].device)
+    weights = torch.zeros(size, device=sums.device)
+    height, width = tiles[0].shape[-2:]
+    inside = _inside(height, sums.device)[:, None] * _inside(width, sums.device)[None, :]
+    for tile, (row, column) in zip(tiles, at, strict=True):
+        box = (..., slice(row, row + height), slice(column, column + width))
+        sums[box] += inside * tile
+        weights[box] += inside
+    return sums / weights
 
 
-def _inside(length: int, like: Tensor) -> Tensor:
+def _inside(length: int, device: torch.device) -> Tensor:
     """A triangle: above 0 at the border, 1 in the middle."""
-    places = torch.arange(1, length + 1, device=like.device, dtype=torch.float32)
+    places = torch.arange(1, length + 1, device=device, dtype=torch.float32)
     return torch.minimum(places, length + 1 - places) / ((length + 1) / 2)

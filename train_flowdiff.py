@@ -223,10 +223,9 @@ def run_identity(
 ) -> RunIdentity:
     """What a resumed run must share: numbers and contents, not where files lie nor how often it says something."""
     unshared = ("output", "latents", "vae_checkpoint", "log_every", "sample_every", "device_gb")
+    unet = plain(config.unet)
     settings = {
-        "unet": without(
-            plain(config.unet), *(() if config.unet.tile else ("tile",))
-        ),  # of which earlier runs know nothing
+        "unet": unet if config.unet.tile else without(unet, "tile"),  # of which earlier runs know nothing
         "flowdiff": without(plain(config.flowdiff), *unshared),
         "runtime": {"seed": config.runtime.seed},
         "number of processes": accelerator.num_processes,

@@ -146,10 +146,11 @@ def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
         raise UsageError(f"rows of one noise level are of {USUAL}: leave reader.levels as it is")
     asked = ground.asked()
     tuned = ground.config.reader.tuned_steps > 0
-    name_of_row = {row: options.name or row for row in options.rows}
-    missing = [row for row in options.rows if not kept(name_of_row[row], ways_of(row, tuned), options.results, asked)]
+    missing = [
+        row for row in options.rows if not kept(options.name or row, ways_of(row, tuned), options.results, asked)
+    ]
     for row in missing:
-        began, name = time.monotonic(), name_of_row[row]
+        began, name = time.monotonic(), options.name or row
         for way, judged in judged_both_ways(row, ground).items():
             part = {"row": name, "seed": config.runtime.seed, "size": config.data.height, "asked": asked}
             part |= {"settings": {"way": way}, "commit": commit(), "hardware": hardware()}

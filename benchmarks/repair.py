@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from augmentation import exposed_anew
+from augmentation import exposed_anew, shaping
 from command_line import parse_command
 from config import Config
 from corruption import corrupt
@@ -39,7 +39,16 @@ from interruption import Steps
 from last_step import LastStep
 from normalizer import Normalizer
 from progress import bar
-from runtime import EMA, autocast, generator, learning_rate, run_script, set_learning_rate, stream_seed
+from runtime import (
+    EMA,
+    autocast,
+    generator,
+    learning_rate,
+    run_script,
+    set_learning_rate,
+    stream_seed,
+    training_precision,
+)
 from tuned_training import moved
 
 AT_FULL_WEIGHT = 0.25  # the t from which on an error of the flow head counts in full
@@ -57,8 +66,8 @@ def main() -> None:
     options, flags = parser.parse_known_args()
     model, config = open_normalizer(parse_command(__doc__, [*flags, "--inference.method", "reader"]))
     (options.out / "phase3_flowdiff").mkdir(parents=True, exist_ok=True)
-    pairs = pairs_of(model, config, options)
-    repair(model, pairs, config, options)
+    pairs, made_from = pairs_of(model, config, options)
+    repair(model, pairs, made_from, config, options)
     stored = load_checkpoint(config.inference.flow_checkpoint, "flowdiff", "python train_flowdiff.py")
     path = options.out / "phase3_flowdiff" / "checkpoint_best.pt"
     save_checkpoint(path, "flowdiff", stored | {"weights": model.network.state_dict()})
@@ -67,23 +76,27 @@ def main() -> None:
     print(f"taught to repair: {path}")
 
 
-def pairs_of(model: Normalizer, config: Config, options: argparse.Namespace) -> Tensor:
-    """Standardized latents of normals and of their corrupted copies, (N, 2, C, h, w); kept for the next command."""
+def pairs_of(model: Normalizer, config: Config, options: argparse.Namespace) -> tuple[Tensor, dict]:
+    """Standardized latents of normals and of their corrupted copies, (N, 2, C, h, w), and all that they follow from.
+
+    Kept for the next command.
+    """
     training = read_normals(model, config, "train")
     path = options.out / "pairs.pt"
-    asked = {"pictures": training.pictures, "pairs": options.pairs, "reader": repr(config.reader), **model.identity}
+    made_from = {"pictures": training.pictures, "pairs": options.pairs, "seed": config.runtime.seed, **model.identity}
+    made_from |= {"reader": repr(config.reader), "data": repr(shaping(config.data, model.device))}
     if path.is_file():
         kept = load_checkpoint(path, "pairs", f"this command without {path.name}")
-        if kept["asked"] == asked:
-            return kept["latents"]
+        if kept["made_from"] == made_from:
+            return kept["latents"], made_from
     found, count, size = [], len(training.images) * options.pairs, config.inference.batch_size
     for first in bar(range(0, count, size), desc="latents", unit="batch"):
         rows = range(first, min(first + size, count))
         pictures = np.stack([picture for row in rows for picture in pair(training.images, row, config)])
         seen = model.examine(torch.from_numpy(pictures).unsqueeze(1), config.reader.magnification)
         found.append(seen.z.detach().cpu().unflatten(0, (-1, 2)))
-    save_checkpoint(path, "pairs", {"asked": asked, "latents": torch.cat(found)})
-    return torch.cat(found)
+    save_checkpoint(path, "pairs", {"made_from": made_from, "latents": torch.cat(found)})
+    return torch.cat(found), made_from
 
 
 def pair(images: np.ndarray, row: int, config: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -95,13 +108,15 @@ def pair(images: np.ndarray, row: int, config: Config) -> tuple[np.ndarray, np.n
     return normal, corrupt(normal, donor, random, settings)[0]
 
 
-def repair(model: Normalizer, pairs: Tensor, config: Config, options: argparse.Namespace) -> None:
+def repair(model: Normalizer, pairs: Tensor, made_from: dict, config: Config, options: argparse.Namespace) -> None:
     """The model's network learns on, and is left with a moving average of its weights."""
     settings, device, seed = config.flowdiff, model.device, config.runtime.seed
     network = model.network.train().requires_grad_(True)
     optimizer = torch.optim.AdamW(network.parameters(), lr=options.repair_lr, weight_decay=settings.weight_decay)
     average = EMA(network, EMA_DECAY)
-    identity = {"steps": options.repair_steps, "lr": options.repair_lr, "pairs": len(pairs), **model.identity}
+    precision = training_precision(config.runtime, device.type == "cpu")
+    identity = {"steps": options.repair_steps, "lr": options.repair_lr, "precision": precision, **made_from}
+    identity |= {"phase 3": repr(settings)}
     parts = {"weights": network, "average": average, "optimizer": optimizer}
     kept = LastStep(options.out / "repair_last.pt", "repair", identity, parts, "this command with another --out")
     begun = kept.take_up(config.runtime.resume)

@@ -178,8 +178,7 @@ def tuning(here: Here, size: int) -> list[dict]:
 def lessons(here: Here, size: int) -> list[dict]:
     """The reader's tuned backbone, steps with the corruptions that they learn from."""
     config = here.config(size, 1)
-    make = lambda: whole_step(config, here.accelerator)  # noqa: E731
-    return [one_row(make, config.reader.crops, here, here.options.seconds)]
+    return [one_row(lambda: whole_step(config, here.accelerator), config.reader.crops, here, here.options.seconds)]
 
 
 def augmentation(here: Here, size: int) -> list[dict]:

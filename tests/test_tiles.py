@@ -11,7 +11,7 @@ from files import load_checkpoint
 from flowdiff_batch import draw, tiles_of
 from flowdiff_model import FlowDiffUNet
 from normalizer import Normalizer
-from tiles import Stitched, corners, cut, fits, positions, random_corners
+from tiles import corners, cut, fits, places_of, random_corners, stitched
 
 SMALL = UNetConfig(
     channels=(16, 32), layers_per_block=1, attention=(False, True), norm_groups=8, attention_head_dim=8, tile=8
@@ -33,17 +33,14 @@ def test_tiles_cover_the_latent_and_neighbours_share_half(size, side):
 
 @pytest.mark.parametrize(("size", "side"), SIZES)
 def test_tiles_of_a_map_are_stitched_to_that_map(size, side):
-    maps, whole = torch.randn(2, 3, *size), Stitched(size)
-    for corner in corners(size, side):
-        whole.add(cut(maps, [corner] * 2, side), corner)
-    torch.testing.assert_close(whole.mean(), maps)
+    maps, at = torch.randn(2, 3, *size), corners(size, side)
+    tiles = [cut(maps, [corner] * 2, side) for corner in at]
+    torch.testing.assert_close(stitched(tiles, at, size), maps)
 
 
 def test_between_two_tiles_the_one_whose_middle_is_nearer_counts_more():
-    whole = Stitched((4, 12))
-    for corner, value in (((0, 0), 0.0), ((0, 4), 1.0)):
-        whole.add(torch.full((1, 1, 4, 8), value), corner)
-    row = whole.mean()[0, 0, 0]
+    tiles = [torch.full((1, 1, 4, 8), value) for value in (0.0, 1.0)]
+    row = stitched(tiles, [(0, 0), (0, 4)], (4, 12))[0, 0, 0]
     assert row[:4].eq(0).all() and row[8:].eq(1).all() and row.diff().ge(0).all() and 0 < row[4] < 0.5 < row[7] < 1
 
 
@@ -51,7 +48,7 @@ def test_a_tile_is_cut_with_its_position_in_the_whole():
     z, random = torch.randn(6, 4, 20, 30), torch.Generator().manual_seed(0)
     tile, (places,) = tiles_of(z, 8, random)
     at = random_corners(6, (20, 30), 8, torch.Generator().manual_seed(0))
-    whole = positions((20, 30), z)
+    whole = places_of((20, 30), z.device)
     assert tile.shape == (6, 4, 8, 8) and places.shape == (6, 2, 8, 8) and len(set(at)) > 1
     for number, (row, column) in enumerate(at):
         assert tile[number].equal(z[number, :, row : row + 8, column : column + 8])
@@ -92,7 +89,7 @@ def network():
 def test_a_larger_latent_is_read_by_tiles_each_with_its_position():
     made, z, t = network(), torch.randn(2, 4, 8, 16), torch.tensor([0.2, 0.7])
     read = made.heads_and_features(z, t)
-    places = positions((8, 16), z).expand(2, -1, -1, -1)
+    places = places_of((8, 16), "cpu").expand(2, -1, -1, -1)
     left = made.heads_and_features(z[..., :8], t, places[..., :8])
     right = made.heads_and_features(z[..., 8:], t, places[..., 8:])
     for whole, first, last in zip(read, left, right, strict=True):
@@ -106,7 +103,7 @@ def test_a_larger_latent_is_read_by_tiles_each_with_its_position():
 def test_of_the_whole_as_one_tile_nothing_changes():
     made, z, t = network(), torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7])
     by_itself = made(z, t)
-    given = made(z, t, positions((8, 8), z).expand(2, -1, -1, -1))
+    given = made(z, t, places_of((8, 8), "cpu").expand(2, -1, -1, -1))
     assert all(one.equal(other) for one, other in zip(by_itself, given, strict=True))
 
 
