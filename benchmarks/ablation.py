@@ -216,10 +216,11 @@ def said_by_networks(row: str, chosen: list[list[int]], ground: Ground, config: 
     identity = ground.identity(config) | {"row": row}
     last = ground.folder / "networks_last.pt"
     network = fit_network(pool, statistics, config, identity, last, ground.model.device)
-    last.unlink(missing_ok=True)
     on_device = [part.to(ground.model.device) for part in statistics]
     reader = Reader(network, on_device, Kept(config.reader), {})
-    return logits_of(reader, ground.model, ground.everybody[0], selected(ground.features, chosen), config)
+    said = logits_of(reader, ground.model, ground.everybody[0], selected(ground.features, chosen), config)
+    last.unlink(missing_ok=True)  # not before: who is stopped while features are made has learnt already
+    return said
 
 
 def selected(maps: list[np.ndarray], chosen: list[list[int]]) -> list[np.ndarray]:
