@@ -1,9 +1,11 @@
-"""What each part of the reader brings, on the test split: python benchmarks/ablation.py --preset cpu --rows all
+"""What each part of the reader brings: python benchmarks/ablation.py --preset cpu --rows all
 
     --rows A,B            which to run; without it, none: only the tables are printed. `all`, `parts`, `levels`
                           and `fills` are groups
     --as NAME             one row under another name: of other networks (--outputs), or with flags that differ; give
                           it a --inference.calibration of its own
+    --on test|rehearsal   what rows are judged on: the labelled test split, or validation normals with one thing in each
+                          that does not belong (rehearsal.py). Settings are chosen on the second, never on the first
     --results FOLDER      where each finished row is kept as JSON, and the tables of all rows as table.md
     FLAGS                 those of inference.py; checkpoints of phases 1 to 3 are those it would take, and what rows
                           share lies in --inference.calibration
@@ -29,9 +31,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ablation_ground import Channel, Ground, Kept, logits_of, verdicts_of
+from ablation_ground import GROUNDS, Channel, Ground, Kept, logits_of
 from detection import commit, file_name, hardware, read_part, table_of
-from protocol import judge
 
 from checks import UsageError
 from command_line import parse_command
@@ -126,8 +127,11 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, epilog=names, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
     parser.add_argument("--as", dest="name", default="")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/ablation")
+    parser.add_argument("--on", choices=tuple(GROUNDS), default="test")
+    parser.add_argument("--results", type=Path)
     options, flags = parser.parse_known_args()
+    own = {"test": "ablation", "rehearsal": "ablation-rehearsal"}[options.on]
+    options.results = options.results or ROOT / "benchmarks/results" / own
     asked = [name for row in options.rows for name in GROUPS.get(row, (row,))]
     unknown = [row for row in asked if row not in ROWS]
     if unknown:
@@ -141,7 +145,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
     """Each row that is not kept yet."""
     model, config = open_normalizer(parse_command(__doc__, [*flags, "--inference.method", "reader"]))
-    ground = Ground(model, config)
+    ground = GROUNDS[options.on](model, config)
     if set(options.rows) & set(LEVELS) and ground.config.reader.levels != USUAL:
         raise UsageError(f"rows of one noise level are of {USUAL}: leave reader.levels as it is")
     asked = ground.asked()
@@ -192,19 +196,19 @@ def part_file(row: str, way: str, results: Path) -> Path:
 
 
 def judged_both_ways(row: str, ground: Ground) -> dict[str, dict]:
-    """What `judge` says of the networks of a row, and of their mean with the tuned backbone."""
+    """What is found by the networks of a row, and of their mean with the tuned backbone."""
     config = replace(ground.config, reader=replace(ground.config.reader, **dict(ROWS[row].settings)))
     chosen = [[i for i, channel in enumerate(part) if ROWS[row].keep(channel)] for part in ground.channels]
     if row == TUNED:
-        return {BOTH: judge(verdicts_of(ground.tuned_logits(config.reader.fills), ground, config))}
+        return {BOTH: ground.judged(ground.tuned_logits(config.reader.fills), config)}
     if not any(chosen):
         raise UsageError(f"{row}: nothing is left to read, as no backbone is installed or reader.features lacks it")
     said = said_by_networks(row, chosen, ground, config)
-    found = {NETWORKS: judge(verdicts_of(said, ground, config))}
+    found = {NETWORKS: ground.judged(said, config)}
     if config.reader.tuned_steps:
         share = config.reader.tuned_share
         mean = (1 - share) * said.astype(np.float32) + share * ground.tuned_logits(config.reader.fills)
-        found[BOTH] = judge(verdicts_of(mean.astype(np.float16), ground, config))
+        found[BOTH] = ground.judged(mean.astype(np.float16), config)
     return found
 
 
@@ -218,7 +222,7 @@ def said_by_networks(row: str, chosen: list[list[int]], ground: Ground, config: 
     network = fit_network(pool, statistics, config, identity, last, ground.model.device)
     on_device = [part.to(ground.model.device) for part in statistics]
     reader = Reader(network, on_device, Kept(config.reader), {})
-    said = logits_of(reader, ground.model, ground.everybody[0], selected(ground.features, chosen), config)
+    said = logits_of(reader, ground.model, ground.everybody, selected(ground.features, chosen), config)
     last.unlink(missing_ok=True)  # not before: who is stopped while features are made has learnt already
     return said
 

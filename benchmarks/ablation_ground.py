@@ -1,6 +1,10 @@
-"""What the rows of ablation.py share: features, corruptions and a tuned backbone, each made once and kept on disk."""
+"""What the rows of ablation.py share: features, corruptions and a tuned backbone, each made once and kept on disk.
+
+A ground is what readers are judged on: the labelled test split, or a rehearsal, which needs no label.
+"""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,24 +13,26 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from detection import manifest_sha256
-from protocol import PIXEL_FPR, Verdicts, read_all, splits_of
-from rehearsal import verdicts
+from protocol import PIXEL_FPR, Verdicts, judge, read_all, splits_of
+from rehearsal import Rehearsal, rehearsals
 from torch import Tensor
-from tuning import AS_THEY_ARE, Alone
+from tuning import Alone
 
 from anomaly import blur_share, image_score
-from calibration import views_of_verdicts
+from calibration import NormalViews, views_of_verdicts
 from config import Config
 from config_reading import ReaderConfig
 from examination import Normals, read_normals
 from features import FEATURES, FeatureExtractor
+from metrics import summarize
 from normalizer import Examined, Normalizer
 from progress import bar
 from radiographs.geometry import unfit_map
 from reader import Reader
 from reader_pool import KeptRows, Pool, make_pool
-from reader_training import LEARNING, RECIPE, reader_identity
+from reader_training import LEARNING, RECIPE, reader_identity, seen_by_tuned
 from runtime import training_precision
+from standardization import PixelStatistics
 from thresholds import threshold_from_normals
 from tuned_training import fit_tuned
 
@@ -54,14 +60,23 @@ def channels_of(name: str, maps: list[Tensor], settings: ReaderConfig) -> list[l
 
 
 class Ground:
-    """Training normals, and features of everybody who is judged: the validation normals, then the labelled test."""
+    """Training normals, and features of everybody who is judged; what they are judged on is said by those below.
+
+    Those below have `name`, of a folder; `everybody`, images (N, k H, k W) as phase 4 reads them, validation normals
+    first; `judged`, what is found in logits of everybody.
+    """
+
+    name: str
+    everybody: np.ndarray
 
     def __init__(self, model: Normalizer, config: Config):
         self.model, self.folder = model, Path(config.inference.calibration)
         self.extractor = FeatureExtractor(config.reader, model.device)
         self.config = replace(config, reader=self.extractor.settings)  # with the backbone that is there, or none
-        self.records = splits_of(config.data)["test"]
-        self._tuned: dict[str, np.ndarray] = {}
+
+    def judged(self, logits: np.ndarray, config: Config) -> dict:
+        """What `metrics.summarize` says of logits, float16 (N, k H, k W)."""
+        raise NotImplementedError
 
     def asked(self) -> dict:
         """What makes two rows comparable: radiographs by their manifest, networks, and every setting of the reader."""
@@ -93,27 +108,24 @@ class Ground:
     @cached_property
     def features(self) -> list[np.ndarray]:
         """Of everybody, each float16 (N, F, h, w); kept on disk for the next command."""
-        everybody, _ = self.everybody
-        size, folder = self.config.inference.batch_size, self.folder / "judged"
+
+        def look(images: Tensor) -> list[Tensor]:
+            return self.extractor(self.model.examine(images, self.config.reader.magnification))
+
+        return self.kept(look, self.name, self.features_identity(self.config))
+
+    def kept(self, look: Callable[[Tensor], list[Tensor]], name: str, identity: dict) -> list[np.ndarray]:
+        """What `look` says of everybody, batch by batch in half precision, kept in a folder of this name."""
         shown = {"normals": self.normals.pictures, "manifest_sha256": manifest_sha256(Path(self.config.data.root))}
-        identity = self.features_identity(self.config) | shown
-        kept = KeptRows(folder, len(everybody), identity)
-        with bar(total=kept.count, initial=kept.done, desc="features of those judged", unit="image") as progress:
+        size = self.config.inference.batch_size
+        kept = KeptRows(self.folder / name, len(self.everybody), identity | shown)
+        with bar(total=kept.count, initial=kept.done, desc=f"{name}: those judged", unit="image") as progress:
             for first in range(kept.done, kept.count, size):
-                batch = torch.from_numpy(everybody[first : first + size]).unsqueeze(1)
-                maps = self.extractor(self.model.examine(batch, self.config.reader.magnification))
-                kept.add([part.half().cpu().numpy() for part in maps])
+                batch = torch.from_numpy(self.everybody[first : first + size]).unsqueeze(1)
+                kept.add([part.half().cpu().numpy() for part in look(batch)])
                 kept.keep()
                 progress.update(len(batch))
         return kept.arrays
-
-    @cached_property
-    def everybody(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
-        """Who is judged (N, k H, k W), as phase 4 reads them, and the shapes of the test's files."""
-        times, finest = self.config.reader.magnification, tuple(self.normals.file_sizes[1])
-        samples = [one for batch in read_all(self.records, self.config.data, times, finest) for _, one in batch]
-        images, shapes = [one.image for one in samples], [one.original_shape for one in samples]
-        return np.concatenate([self.normals.images, np.stack(images)]), shapes
 
     def identity(self, config: Config) -> dict:
         """What shapes anything that is trained here."""
@@ -134,18 +146,94 @@ class Ground:
     def tuned_logits(self, fills: tuple[str, ...]) -> np.ndarray:
         """What the backbone that was tuned with these fills says of everybody, float16 (N, k H, k W)."""
         name = name_of(fills)
-        if name not in self._tuned:
-            config = replace(self.config, reader=replace(self.config.reader, fills=fills))
-            identity = self.identity(config)
-            identity = {key: value for key, value in identity.items() if key not in self.model.identity}  # G unseen
-            last = self.folder / f"tuned_{name}.pt"
-            network = fit_tuned(self.training.images, config, identity, last, self.model.device)
-            everybody = self.everybody[0]
-            alone = Alone(network, everybody.shape[1:], config.reader.tuned_mirror, self.model.device)
+        config = replace(self.config, reader=replace(self.config.reader, fills=fills))
+        identity = seen_by_tuned(self.identity(config))
+        last = self.folder / f"tuned_{name}.pt"
+        network = fit_tuned(self.training.images, config, identity, last, self.model.device)
+        alone = Alone(network, self.everybody.shape[1:], config.reader.tuned_mirror, self.model.device)
+
+        def look(images: Tensor) -> list[Tensor]:
             with self.model.computing():
-                found = verdicts(AS_THEY_ARE, alone, everybody, config, "the tuned backbone")
-            self._tuned = {name: found[:, 0].numpy()}  # of one set of fills at a time
-        return self._tuned[name]
+                return [alone.logits(images)]
+
+        said = {**identity, "tuned_mirror": config.reader.tuned_mirror}
+        return self.kept(look, f"{self.name}_by_tuned_{name}", said)[0][:, 0]
+
+
+class OnTest(Ground):
+    """The labelled test split, judged at the size of its files."""
+
+    name = "judged"
+
+    def __init__(self, model: Normalizer, config: Config):
+        super().__init__(model, config)
+        self.records = splits_of(config.data)["test"]
+
+    @cached_property
+    def test(self) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Its images (N, k H, k W), as phase 4 reads them, and the shapes of their files."""
+        times, finest = self.config.reader.magnification, tuple(self.normals.file_sizes[1])
+        samples = [one for batch in read_all(self.records, self.config.data, times, finest) for _, one in batch]
+        return np.stack([one.image for one in samples]), [one.original_shape for one in samples]
+
+    @cached_property
+    def everybody(self) -> np.ndarray:
+        return np.concatenate([self.normals.images, self.test[0]])
+
+    def judged(self, logits: np.ndarray, config: Config) -> dict:
+        """Standardized by what is said of the validation normals."""
+        normals = len(self.normals.images)
+        views, usual = usual_of(logits[:normals], config)
+        verdicts = Verdicts(pixel_threshold=threshold_from_normals(torch.cat(usual).numpy().ravel(), PIXEL_FPR))
+        known = views.statistics()
+        for record, shape, one in zip(self.records, self.test[1], logits[normals:], strict=True):
+            final = final_map(known, one, config)
+            score = float(image_score(final, config.reader.top_share))
+            verdicts.add(record, score, unfit_map(final[0, 0].numpy(), shape, config.data.fit))
+        return judge(verdicts)
+
+
+class OnRehearsal(Ground):
+    """Validation normals, and the same with one thing in each that does not belong (rehearsal.py): no label is seen."""
+
+    name = "rehearsed"
+
+    def asked(self) -> dict:
+        return super().asked() | {"judged_on": "rehearsal"}
+
+    @cached_property
+    def cases(self) -> list[Rehearsal]:
+        """What is shown, a kind of thing each."""
+        return rehearsals(self.normals.images, self.config.runtime.seed)
+
+    @cached_property
+    def everybody(self) -> np.ndarray:
+        return np.concatenate([self.normals.images, *(case.images for case in self.cases)])
+
+    def judged(self, logits: np.ndarray, config: Config) -> dict:
+        """Each standardized by what is said of the other validation normals, its own left out."""
+        count = len(self.normals.images)
+        views, usual = usual_of(logits[:count], config)
+        rows, maps = list(range(count)), list(usual)
+        for number in range(count):  # the statistics without one normal serve all that was made of it
+            made_of_it = range(number + count, len(logits), count)
+            known = views.statistics_without(number)
+            maps += [final_map(known, logits[row], config) for row in made_of_it]
+            rows += made_of_it
+        kinds = ["normal"] * count + [f"{case.family} {case.what}" for case in self.cases for _ in range(count)]
+        masks = [None] * count + [mask for case in self.cases for mask in case.masks]
+        return summarize(
+            [float(image_score(one, config.reader.top_share)) for one in maps],
+            [int(row >= count) for row in rows],
+            [kinds[row] for row in rows],
+            [one[0, 0].numpy() for one in maps],
+            [masks[row] for row in rows],
+            threshold_from_normals(torch.cat(usual).numpy().ravel(), PIXEL_FPR),
+            [str(row % count) for row in rows],
+        )
+
+
+GROUNDS = {"test": OnTest, "rehearsal": OnRehearsal}
 
 
 def name_of(fills: tuple[str, ...]) -> str:
@@ -183,15 +271,12 @@ def logits_of(
     return np.concatenate(found)
 
 
-def verdicts_of(logits: np.ndarray, ground: Ground, config: Config) -> Verdicts:
-    """Maps and scores of the test split from logits of everybody, standardized by those of the validation normals."""
-    normals = len(ground.normals.images)
-    views = views_of_verdicts(torch.from_numpy(logits[:normals, None]), config)
-    usual = [blur_share(views.left_out(number), config.inference.smooth_share) for number in range(normals)]
-    verdicts = Verdicts(pixel_threshold=threshold_from_normals(torch.cat(usual).numpy().ravel(), PIXEL_FPR))
-    known, shapes = views.statistics(), ground.everybody[1]
-    for record, shape, one in zip(ground.records, shapes, logits[normals:], strict=True):
-        final = blur_share(known.standardize(torch.from_numpy(one[None, None]).float()), config.inference.smooth_share)
-        score = float(image_score(final, config.reader.top_share))
-        verdicts.add(record, score, unfit_map(final[0, 0].numpy(), shape, config.data.fit))
-    return verdicts
+def usual_of(logits: np.ndarray, config: Config) -> tuple[NormalViews, list[Tensor]]:
+    """What is usual, by logits of the validation normals, and the map of each (1, 1, .., ..) by the others."""
+    views = views_of_verdicts(torch.from_numpy(logits[:, None]), config)
+    return views, [blur_share(views.left_out(number), config.inference.smooth_share) for number in range(len(logits))]
+
+
+def final_map(known: PixelStatistics, logits: np.ndarray, config: Config) -> Tensor:
+    """The map (1, 1, k H, k W) of an image's logits (k H, k W), as phase 4 makes it."""
+    return blur_share(known.standardize(torch.from_numpy(logits[None, None]).float()), config.inference.smooth_share)

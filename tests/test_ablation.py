@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import ablation
 import ablation_ground
 import detection
+import rehearsal
 
 from checks import UsageError
+from config import Config
 from config_reading import ReaderConfig
 from normalizer import Normalizer
 
@@ -106,12 +109,12 @@ def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path, mo
 
     flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined), *FEW, "--reader.tuned-steps", 0)
     model, config = ablation.open_normalizer(parse_command("", [*flags, "--inference.method", "reader"]))
-    ground = ablation_ground.Ground(model, config)
+    ground = ablation_ground.OnTest(model, config)
     pool = ground.pool(config)
     statistics = pool.statistics(config)
     network = ablation.fit_network(pool, statistics, config, {}, tmp_path / "last.pt", model.device)
-    everybody, features = ground.everybody[0], ground.features
-    again = ablation_ground.Ground(model, config)
+    everybody, features = ground.everybody, ground.features
+    again = ablation_ground.OnTest(model, config)
     monkeypatch.setattr(again, "extractor", None)  # whom nobody asks
     assert all(np.array_equal(*pair) for pair in zip(again.features, features, strict=True))
     kept = Reader(network, statistics, ablation_ground.Kept(config.reader), {})
@@ -119,6 +122,38 @@ def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path, mo
     said = ablation_ground.logits_of(kept, model, everybody[:3], [part[:3] for part in features], config)
     seen = model.examine(torch.from_numpy(everybody[:3]).unsqueeze(1), 1)
     assert np.abs(said - own.logits(seen)[:, 0].numpy()).max() < 0.02
+
+
+def test_a_rehearsal_judges_what_it_shows_and_no_radiograph_of_the_test(examined, monkeypatch, tmp_path):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    monkeypatch.setattr(rehearsal, "BANDS", ((20, 40),))
+    monkeypatch.setattr(rehearsal, "BLOBS", ((64, 0.3),))
+    monkeypatch.setattr(ablation_ground, "splits_of", lambda _: pytest.fail("the test split is read"))
+    flags = flags_of(tmp_path / "out", examined.phantoms, *sources("inference", examined), *FEW)
+    asked = [*flags, "--reader.tuned-steps", "1", "--results", tmp_path, "--rows", "everything", "--on", "rehearsal"]
+    run_benchmark(ablation.main, monkeypatch, *asked)
+    for way in ("networks", "with_the_tuned_backbone"):
+        part = detection.read_part(tmp_path / way / "everything.json")
+        assert set(part["kinds"]) == {"corruption r 20 to 40", "blob r 64, 0.3"}
+        shown = part["kinds"]["blob r 64, 0.3"]
+        assert shown["normal_images"] == shown["abnormal_images"] == shown["patients"] == shown["masked_images"]
+
+
+@pytest.mark.parametrize(("skill", "found"), [(1.0, 1.0), (0.0, 0.5)])
+def test_who_sees_what_a_rehearsal_shows_is_told_from_who_does_not(skill, found, tmp_path):
+    random = np.random.default_rng(0)
+    normals, masks = np.zeros((12, 32, 32), np.float32), np.zeros((12, 32, 32), bool)
+    for number, mask in enumerate(masks):
+        mask[number : number + 12, 8:20] = True
+    ground = object.__new__(ablation_ground.OnRehearsal)
+    ground.normals = SimpleNamespace(images=normals)
+    ground.cases = [rehearsal.Rehearsal("blob", what, normals + masks, masks) for what in ("one", "two")]
+    shown = np.concatenate([np.zeros_like(masks), masks, masks])
+    logits = (random.normal(0, 0.1, shown.shape) + skill * 8 * shown).astype(np.float16)
+    judged = ground.judged(logits, Config())
+    assert judged["mean_over_kinds"]["auroc"] == pytest.approx(found, abs=0.3 * (skill == 0))
+    assert (judged["mean_over_kinds"]["pixel_ap"] > 0.9) == bool(skill)
+    assert judged["kinds"]["blob one"]["patients"] == 12
 
 
 def test_the_tuned_backbone_alone_is_refused_where_none_is_tuned():
