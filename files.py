@@ -240,9 +240,9 @@ def resume_point(
 
 
 def _differences(old: dict, new: dict, prefix: str = "") -> Iterator[tuple[str, object, object]]:
-    """Name, old and new value of whatever differs in nested dicts."""
+    """Name, old and new value of whatever differs in nested dicts; "not set" is what one of them lacks."""
     for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
+        before, after = old.get(key, "not set"), new.get(key, "not set")
         if isinstance(before, dict) and isinstance(after, dict):
             yield from _differences(before, after, f"{prefix}{key}.")
         elif before != after:

@@ -252,9 +252,9 @@ def test_another_run_is_refused_by_everything_that_changed(resume):
         "precision was float32, now bf16",
         "runtime.seed was 0, now 4",
         "the training radiographs changed",
-        "vae.added was None, now 1",
+        "vae.added was not set, now 1",
         "vae.lr was 1.0, now 2.0",
-        "vae.steps was 5, now None",
+        "vae.steps was 5, now not set",
     ]
     assert "--runtime.resume False" in str(refusal.value) and "resume-changed" not in str(refusal.value)
 

@@ -116,7 +116,7 @@ def test_images_augmented_on_the_device_are_the_same_in_a_resumed_run_and_stay_t
         assert call("train_vae", *LONGER["train_vae"], *there, outputs=outputs).code == 0
     same_end("train_vae", broken, whole)
     refused = call("train_vae", *LONGER["train_vae"], outputs=broken)
-    assert refused.code == 2 and "(data.augment_on was device, now None)" in refused.error
+    assert refused.code == 2 and "(data.augment_on was device, now not set)" in refused.error
 
 
 class Dropout(nn.Dropout):
@@ -195,7 +195,7 @@ def test_a_finished_run_started_again_changes_nothing(call, made, tmp_path):
     [
         ("train_vae", "--vae.lambda-grad", 0.1, "vae.lambda_grad was 0.5, now 0.1"),
         ("train_vae", "--data.flip", "False", "data.flip was True, now False"),
-        ("train_vae", "--data.augment-on", "device", "data.augment_on was None, now device"),
+        ("train_vae", "--data.augment-on", "device", "data.augment_on was not set, now device"),
         ("train_flowdiff", "--flowdiff.lambda-flow", 0.7, "flowdiff.lambda_flow was 0.5, now 0.7"),
         ("train_flowdiff", "--unet.dropout", 0.1, "unet.dropout was 0.0, now 0.1"),
         ("train_flowdiff", "--runtime.seed", 5, "runtime.seed was 0, now 5"),
