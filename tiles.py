@@ -35,9 +35,18 @@ def _starts(length: int, side: int) -> list[int]:
 
 
 def random_corners(count: int, size: tuple[int, int], side: int, random: torch.Generator) -> list[Corner]:
-    """Of so many tiles, anywhere within a latent (h, w)."""
-    drawn = [torch.randint(max(0, length - side) + 1, (count,), generator=random).tolist() for length in size]
+    """Of so many tiles, anywhere within a latent (h, w), as often at a border as those that are read.
+
+    Drawn up to half a tile beyond each border and moved back inside: evenly drawn within, a place at the border would
+    be seen least of all, and most tiles of `corners` lie there.
+    """
+    drawn = [_drawn(count, max(0, length - side), side // 2, random) for length in size]
     return list(zip(*drawn, strict=True))
+
+
+def _drawn(count: int, last: int, beyond: int, random: torch.Generator) -> list[int]:
+    beyond = min(beyond, last)
+    return torch.randint(-beyond, last + beyond + 1, (count,), generator=random).clamp(0, last).tolist()
 
 
 def cut(maps: Tensor, at: Sequence[Corner], side: int) -> Tensor:

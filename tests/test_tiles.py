@@ -44,6 +44,17 @@ def test_between_two_tiles_the_one_whose_middle_is_nearer_counts_more():
     assert row[:4].eq(0).all() and row[8:].eq(1).all() and row.diff().ge(0).all() and 0 < row[4] < 0.5 < row[7] < 1
 
 
+@pytest.mark.parametrize(("size", "side"), SIZES)
+def test_tiles_to_learn_on_lie_at_a_border_about_as_often_as_those_that_are_read(size, side):
+    drawn = random_corners(6000, size, side, torch.Generator().manual_seed(0))
+    read = corners(size, side)
+    for axis, last in enumerate(max(0, length - side) for length in size):
+        for end in (0, last):
+            learnt, seen = (sum(at[axis] == end for at in some) / len(some) for some in (drawn, read))
+            assert 0.5 * seen < learnt <= 1.5 * seen
+        assert {at[axis] for at in drawn} == set(range(last + 1))
+
+
 def test_a_tile_is_cut_with_its_position_in_the_whole():
     z, random = torch.randn(6, 4, 20, 30), torch.Generator().manual_seed(0)
     tile, (places,) = tiles_of(z, 8, random)
