@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -62,6 +63,22 @@ def run_script(main: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
             print(interruption.last_words(error), file=sys.stderr)
         sys.exit(getattr(error, "code", 130))
+    finally:
+        _end_those_ahead()
+
+
+def _end_those_ahead() -> None:
+    """Kill processes that still read or draw ahead.
+
+    They ignore signals, and an error that they sent keeps their loader alive: the interpreter would wait for them.
+    """
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as an error
+    for child in children:
+        child.kill()
+    for child in children:
+        child.join()
 
 
 def _what_ran_out(error: Exception) -> str | None:

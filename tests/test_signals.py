@@ -123,6 +123,32 @@ def test_a_process_that_reads_ahead_and_is_killed_ends_the_run_with_the_remedy(m
     assert "the same command continues from step" in error
 
 
+WRONG_AHEAD = """
+import interruption; interruption.begin()
+from checks import UsageError
+from presets import preset
+from runtime import made_ahead, run_script
+
+class Wrong:
+    def __getitem__(self, item):
+        raise UsageError("no such fill")
+
+run_script(lambda: list(made_ahead(Wrong(), range(3), preset("cpu"))))
+"""
+
+
+def test_an_error_of_a_process_that_works_ahead_ends_the_run_and_that_process():
+    """Its loader lives on in the frames of the error, and its process ignores the signal that would end it."""
+    process = start(["-c", WRONG_AHEAD], start_new_session=True)
+    try:
+        error = process.communicate(timeout=60)[1]
+    finally:
+        left = subprocess.run(["pgrep", "-g", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for one in map(int, left):
+            os.kill(one, signal.SIGKILL)
+    assert process.returncode == 2 and error == "error: no such fill\n" and not left
+
+
 @pytest.mark.parametrize("number", interruption.SIGNALS, ids=NAMES.get)
 def test_during_the_imports_there_is_nothing_to_continue_from(number):
     process = start(["-c", "import interruption, time; interruption.begin(); print(1, flush=True); time.sleep(60)"])
