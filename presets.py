@@ -24,7 +24,7 @@ TABLE = (
     ("vae.lr_warmup_steps",           30,                    30,                    10),
     ("vae.batch_size",                4,                     4,                     4),
     ("vae.steps",                     900,                   900,                   60),
-    ("vae.crop",                      128,                   128,                   SAME),  # 0: twice as long
+    ("vae.crop",                      128,                   128,                   SAME),  # 0: 4.5 times at 256 px
     ("vae.validate_every",            150,                   150,                   30),
     ("vae.log_every",                 25,                    25,                    10),
     ("latent.augmented_copies",       SAME,                  SAME,                  2),

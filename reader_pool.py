@@ -93,7 +93,7 @@ def make_pool(
             pictures, shares = (np.stack(parts) for parts in zip(*made, strict=True))
             maps = extractor(model.examine(torch.from_numpy(pictures), settings.magnification))
             kept.add([*(part.half().cpu().numpy() for part in maps), shares])
-            if kept.done == kept.count or kept.done % (8 * size) == 0 or steps.asked:
+            if kept.done == kept.count or kept.unkept >= 8 * size or steps.asked:
                 kept.keep()
                 remember(f"the same command goes on with the reader's features, {kept.done} of {kept.count}")
             progress.update(len(made))
@@ -115,6 +115,7 @@ class KeptRows:
     def __init__(self, folder: Path, count: int, identity: dict, resume: bool = True):
         self.folder, self.count, self.identity = folder, count, identity
         self.done, self.arrays = self._so_far() if resume else (0, [])
+        self.unkept = 0  # rows that a killed run would have to make again
         if not self.done:
             remove_pool(folder)
             folder.mkdir(parents=True)
@@ -128,6 +129,7 @@ class KeptRows:
             arrays = [np.load(path, mmap_mode="r+", allow_pickle=False) for path in paths]
             shapes = [list(array.shape) for array in arrays]
             whole = stored["identity"] == self.identity and stored["shapes"] == shapes
+            whole &= all(shape[0] == self.count for shape in shapes)
         except (OSError, ValueError, KeyError, TypeError):  # there is nothing, or something else: made anew
             return 0, []
         return (stored["done"], arrays) if whole else (0, [])
@@ -140,6 +142,7 @@ class KeptRows:
                 for number, part in enumerate(parts)
             ]
         end = self.done + len(parts[0])
+        self.unkept += len(parts[0])
         for array, part in zip(self.arrays, parts, strict=True):
             array[self.done : end] = part
         self.done = end
@@ -150,6 +153,7 @@ class KeptRows:
             array.flush()
         shapes = [list(array.shape) for array in self.arrays]
         write_json(self.folder / "pool.json", {"done": self.done, "shapes": shapes, "identity": self.identity})
+        self.unkept = 0
 
 
 class Pictures(Dataset):

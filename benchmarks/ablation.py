@@ -176,13 +176,15 @@ def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
 def kept(row: str, ways: tuple[str, ...], results: Path, asked: dict) -> bool:
     """Whether a row is there already, these ways; UsageError if it is of something else."""
     paths = [part_file(row, way, results) for way in ways]
-    if not all(path.is_file() for path in paths):
-        return False
-    for path in paths:
+    there = [path for path in paths if path.is_file()]
+    for path in there:
         if read_part(path)["asked"] != asked:
             raise UsageError(
-                f"{path.name} is of other radiographs, networks, flags or code: remove it, or choose another --results"
+                f"{path.name} is of other radiographs, networks, flags, seed or code: remove it, or choose another "
+                "--results"
             )
+    if len(there) < len(paths):
+        return False
     print(f"{row}: there already")
     return True
 

@@ -3,6 +3,7 @@
 A ground is what readers are judged on: the labelled test split, or a rehearsal, which needs no label.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -79,10 +80,23 @@ class Ground:
         raise NotImplementedError
 
     def asked(self) -> dict:
-        """What makes two rows comparable: radiographs by their manifest, networks, and every setting of the reader."""
-        asked = {"manifest_sha256": manifest_sha256(Path(self.config.data.root)), **self.model.identity}
-        asked |= {"reader_recipe": RECIPE, "reads_in": self.config.inference.precision}
+        """What makes two rows comparable: radiographs by their manifest, networks, seed and settings."""
+        inference, data = self.config.inference, self.config.data
+        asked = {"manifest_sha256": manifest_sha256(Path(data.root)), **self.model.identity}
+        asked |= {"seed": self.config.runtime.seed, "reader_recipe": RECIPE, **self.precisions()}
+        asked |= {
+            name: getattr(inference, name) for name in ("noise_level", "draws", "solver", "steps", "smooth_share")
+        }
+        asked |= {name: getattr(data, name) for name in ("brightness", "contrast", "gamma")}
         return json.loads(json.dumps(asked | {"reader": asdict(self.config.reader)}))
+
+    def precisions(self) -> dict[str, str]:
+        """In which networks learn, and in which features are read."""
+        on_cpu = self.model.device.type == "cpu"
+        return {
+            "precision": training_precision(self.config.runtime, on_cpu),
+            "read_in": self.config.inference.precision,
+        }
 
     @cached_property
     def training(self) -> Normals:
@@ -116,7 +130,7 @@ class Ground:
 
     def kept(self, look: Callable[[Tensor], list[Tensor]], name: str, identity: dict) -> list[np.ndarray]:
         """What `look` says of everybody, batch by batch in half precision, kept in a folder of this name."""
-        shown = {"normals": self.normals.pictures, "manifest_sha256": manifest_sha256(Path(self.config.data.root))}
+        shown = {"everybody": hashlib.sha256(np.ascontiguousarray(self.everybody)).hexdigest()}
         size = self.config.inference.batch_size
         kept = KeptRows(self.folder / name, len(self.everybody), identity | shown)
         with bar(total=kept.count, initial=kept.done, desc=f"{name}: those judged", unit="image") as progress:
@@ -129,9 +143,9 @@ class Ground:
 
     def identity(self, config: Config) -> dict:
         """What shapes anything that is trained here."""
-        whole = reader_identity(self.model, config, self.training.pictures)
-        precision = training_precision(config.runtime, self.model.device.type == "cpu")
-        return whole | {"precision": precision, "read_in": config.inference.precision}
+        whole = reader_identity(self.model, config, self.training.pictures) | self.precisions()
+        walks = "walk" in config.reader.features
+        return whole | {"walk": [config.inference.solver, config.inference.steps]} if walks else whole
 
     def features_identity(self, config: Config) -> dict:
         """What shapes a feature."""

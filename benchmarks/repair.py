@@ -85,6 +85,7 @@ def pairs_of(model: Normalizer, config: Config, options: argparse.Namespace) -> 
     path = options.out / "pairs.pt"
     made_from = {"pictures": training.pictures, "pairs": options.pairs, "seed": config.runtime.seed, **model.identity}
     made_from |= {"reader": repr(config.reader), "data": repr(shaping(config.data, model.device))}
+    made_from |= {"read_in": config.inference.precision}
     if path.is_file():
         kept = load_checkpoint(path, "pairs", f"this command without {path.name}")
         if kept["made_from"] == made_from:

@@ -98,8 +98,12 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
     run_benchmark(ablation.main, monkeypatch, *asked[:-1], "everything", "--as", "another G")
     named = detection.read_part(results / "networks" / "another_G.json")
     assert named["row"] == "another G" and named["mean_over_kinds"] == means[0]
-    with pytest.raises(UsageError, match="remove it, or choose another --results"):
-        run_benchmark(ablation.main, monkeypatch, *asked, "--reader.steps", 3)
+    for other in (("--reader.steps", 3), ("--runtime.seed", 1), ("--inference.draws", 3), ("--data.gamma", 0.2)):
+        with pytest.raises(UsageError, match="remove it, or choose another"):
+            run_benchmark(ablation.main, monkeypatch, *asked, *other)
+    (results / "with_the_tuned_backbone" / "everything.json").unlink()
+    with pytest.raises(UsageError, match="remove it, or choose another"):  # one of its two files is enough
+        run_benchmark(ablation.main, monkeypatch, *asked, "--runtime.seed", 1)
 
 
 def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path, monkeypatch):
@@ -170,6 +174,35 @@ def test_the_walk_is_what_phase_4_draws(examined):
     z, changed = maps.chunk(2, dim=1)
     assert z.equal(seen.z) and changed.abs().max() > 0
     assert torch.allclose(model.decode(z - changed), seen.normal, atol=1e-4)
+
+
+def test_features_of_another_walk_are_made_anew_where_a_walk_is_read(examined, tmp_path):
+    from command_line import parse_command
+
+    def identity(*words):
+        flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined), *FEW, *words)
+        model, config = ablation.open_normalizer(parse_command("", [*flags, "--inference.method", "reader"]))
+        ground = ablation_ground.OnTest(model, config)
+        return ground.features_identity(ground.config)
+
+    walks, heun = ("--reader.features", "walk"), ("--inference.solver", "heun")
+    assert identity(*walks) != identity(*walks, *heun)
+    assert identity() == identity(*heun)
+
+
+def test_what_was_kept_of_others_who_are_judged_is_made_anew(tmp_path):
+    ground = object.__new__(ablation_ground.OnRehearsal)
+    ground.folder, ground.config, looked = tmp_path, Config(), []
+
+    def look(images):
+        looked.append(len(images))
+        return [images[:, :, :2, :2]]
+
+    for everybody in (np.zeros((3, 4, 4), np.float32), np.ones((3, 4, 4), np.float32), np.ones((2, 4, 4), np.float32)):
+        ground.everybody, before = everybody, sum(looked)
+        for _ in range(2):  # the second time nobody looks
+            (kept,) = ground.kept(look, "rehearsed", {})
+            assert np.array_equal(kept[:, 0], everybody[:, :2, :2]) and sum(looked) == before + len(everybody)
 
 
 def test_an_unknown_row_is_refused(monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,7 @@ from reader import (
     positions,
     stored_reader,
 )
-from reader_pool import Pool, make_pool, training_image
+from reader_pool import KeptRows, Pool, make_pool, training_image
 from reader_training import (
     LAST,
     LEARNING,
@@ -208,6 +209,17 @@ def test_a_pool_that_was_interrupted_goes_on_and_is_the_same(pool, model, tmp_pa
     again = make_pool(model, extractor, normals(), config, {}, other)
     for part, expected in zip([*again.features, again.changed], [*pool.features, pool.changed], strict=True):
         np.testing.assert_array_equal(part, expected)
+
+
+def test_a_pool_that_goes_on_is_kept_every_eight_batches_from_there(pool, model, tmp_path, monkeypatch):
+    (tmp_path / POOL / "pool.json").write_text(
+        json.dumps(json.loads((tmp_path / POOL / "pool.json").read_text()) | {"done": 3})
+    )
+    kept, keep = [], KeptRows.keep
+    monkeypatch.setattr(KeptRows, "keep", lambda self: (kept.append(self.done), keep(self)))
+    config = replace(config_for(), inference=replace(config_for().inference, batch_size=1))
+    make_pool(model, FeatureExtractor(config.reader, "cpu"), normals(), config, {}, tmp_path / POOL)
+    assert kept == [11, 12]
 
 
 def test_a_pool_whose_pictures_two_processes_made_is_the_same(pool, model, tmp_path):
