@@ -74,7 +74,7 @@ class DataConfig:
         require_ranges("data", self, ("val_share", "test_share"), 0, 0.9)
         require_ranges("data", self, ("max_bad_share",), 0, 1)
         require_ranges("data", self, ("split_seed",), 0, 2**31 - 1)
-        require_ranges("data", self, ("cache_gb", "cache_disk_gb", "num_workers"), 0)
+        require_ranges("data", self, ("cache_gb", "cache_disk_gb", "num_workers"), 0, 1e7)
         require(self.cache_folder != "", "data.cache_folder is empty: give a folder, or set data.cache_disk_gb 0")
         require_ranges("data", self, ("rotate_degrees",), 0, 180)
         require_ranges("data", self, ("brightness", "noise_std"), 0, 2)
@@ -182,8 +182,9 @@ class UNetConfig:
             divides = not attends or channels % self.attention_head_dim == 0
             require(divides, f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}")
         require_ranges("unet", self, ("tile",), 0)
-        whole = self.tile % self.downsampling == 0
-        require(whole, f"unet.tile must be a multiple of {self.downsampling}, or 0 for whole latents, got {self.tile}")
+        whole = self.tile % self.downsampling == 0 and self.tile not in (1, 2, 3)
+        words = f"4 or more and a multiple of {self.downsampling}, or 0 for whole latents"
+        require(whole, f"unet.tile must be {words}, got {self.tile}")
         require_ranges("unet", self, ("dropout",), 0, 0.9)
 
     @property

@@ -21,6 +21,7 @@ is chosen by a label of the test split.
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +41,7 @@ from config import Config
 from config_reading import ReaderConfig
 from examination import open_normalizer
 from files import write_atomically, write_json
+from holding import hold
 from interruption import remember
 from reader import Reader
 from reader_training import fit_network
@@ -48,6 +50,7 @@ from runtime import run_script
 ROOT = Path(__file__).resolve().parents[1]
 NETWORKS, BOTH = "networks", "with the tuned backbone"  # the two ways a row is judged
 TUNED = "the tuned backbone alone"
+NAMES = re.compile(r"[^./|\\\x00-\x1f][^/|\\\x00-\x1f]{0,99}")  # that --as may give
 
 
 # ---------------------------------------------------------------- what is left out
@@ -137,8 +140,12 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     if unknown:
         raise UsageError(f"--rows: {unknown[0]} is unknown, choose from {', '.join((*ROWS, *GROUPS))}")
     options.rows = list(dict.fromkeys(asked))
-    if options.name and (len(options.rows) != 1 or "/" in options.name or options.name.startswith(".")):
-        raise UsageError("--as renames one row: choose one with --rows, and a name that can be a file's")
+    taken = options.name in ROWS or options.name in GROUPS
+    if options.name and (len(options.rows) != 1 or taken or not NAMES.fullmatch(options.name)):
+        raise UsageError(
+            "--as renames one row: choose one with --rows, and a name of its own that can be a file's and a table's, "
+            "of 100 characters at most"
+        )
     return options, flags
 
 
@@ -148,22 +155,26 @@ def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
     ground = GROUNDS[options.on](model, config)
     if set(options.rows) & set(LEVELS) and ground.config.reader.levels != USUAL:
         raise UsageError(f"rows of one noise level are of {USUAL}: leave reader.levels as it is")
-    asked = ground.asked()
     tuned = ground.config.reader.tuned_steps > 0
-    missing = [
-        row for row in options.rows if not kept(options.name or row, ways_of(row, tuned), options.results, asked)
-    ]
-    for row in missing:
-        began, name = time.monotonic(), options.name or row
-        for way, judged in judged_both_ways(row, ground).items():
-            part = {"row": name, "seed": config.runtime.seed, "size": config.data.height, "asked": asked}
-            part |= {"settings": {"way": way}, "commit": commit(), "hardware": hardware()}
-            part |= {"minutes": round((time.monotonic() - began) / 60, 1)}
-            path = part_file(name, way, options.results)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, part | judged)
-            mean = judged["mean_over_kinds"]
-            print(f"{name}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
+    with hold(ground.folder, "ablation"):
+        for row in options.rows:
+            ways, asked = ways_of(row, tuned), ground.asked() | {"row": row}
+            if not kept(options.name or row, ways, options.results, asked):
+                run_row(row, ground, asked, options)
+
+
+def run_row(row: str, ground: Ground, asked: dict, options: argparse.Namespace) -> None:
+    """Train it, judge it, keep what is found."""
+    began, name, config = time.monotonic(), options.name or row, ground.config
+    for way, judged in judged_both_ways(row, ground).items():
+        part = {"row": name, "seed": config.runtime.seed, "size": config.data.height, "asked": asked}
+        part |= {"settings": {"way": way}, "commit": commit(), "hardware": hardware()}
+        part |= {"minutes": round((time.monotonic() - began) / 60, 1)}
+        path = part_file(name, way, options.results)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, part | judged)
+        mean = judged["mean_over_kinds"]
+        print(f"{name}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
 
 
 def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
@@ -178,10 +189,11 @@ def kept(row: str, ways: tuple[str, ...], results: Path, asked: dict) -> bool:
     paths = [part_file(row, way, results) for way in ways]
     there = [path for path in paths if path.is_file()]
     for path in there:
-        if read_part(path)["asked"] != asked:
+        part = read_part(path)
+        if (part["row"], part["asked"]) != (row, asked):
             raise UsageError(
-                f"{path.name} is of other radiographs, networks, flags, seed or code: remove it, or choose another "
-                "--results"
+                f"{path.name} is of another row, or of other radiographs, networks, flags, seed or code: remove it, or "
+                "choose another --results"
             )
     if len(there) < len(paths):
         return False

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from augmentation import exposed_anew, shaping
+from checks import UsageError, require
 from command_line import parse_command
 from config import Config
 from corruption import corrupt
@@ -35,7 +36,7 @@ from examination import open_normalizer, read_normals
 from files import load_checkpoint, save_checkpoint
 from flowdiff_loss import stratified_times
 from flowdiff_process import at_unit_variance, interpolate
-from interruption import Steps
+from interruption import Steps, continues, remember
 from last_step import LastStep
 from normalizer import Normalizer
 from progress import bar
@@ -53,6 +54,7 @@ from tuned_training import moved
 
 AT_FULL_WEIGHT = 0.25  # the t from which on an error of the flow head counts in full
 EMA_DECAY = 0.99
+FLOW = "phase3_flowdiff"
 
 
 def main() -> None:
@@ -64,12 +66,17 @@ def main() -> None:
     parser.add_argument("--repair-lr", type=float, default=2e-4)
     parser.add_argument("--pairs", type=int, default=4)
     options, flags = parser.parse_known_args()
+    require(options.repair_steps > 0 and options.pairs > 0, "--repair-steps and --pairs must be 1 or more")
+    require(0 < options.repair_lr <= 1, f"--repair-lr must lie in (0, 1], got {options.repair_lr}")
     model, config = open_normalizer(parse_command(__doc__, [*flags, "--inference.method", "reader"]))
-    (options.out / "phase3_flowdiff").mkdir(parents=True, exist_ok=True)
+    for taken, name in ((config.inference.vae_checkpoint, "phase1_vae"), (config.inference.flow_checkpoint, FLOW)):
+        if Path(taken).resolve().parent == (options.out / name).resolve():
+            raise UsageError("--out is where the networks lie that are to learn on: choose another folder for --out")
+    (options.out / FLOW).mkdir(parents=True, exist_ok=True)
     pairs, made_from = pairs_of(model, config, options)
     repair(model, pairs, made_from, config, options)
     stored = load_checkpoint(config.inference.flow_checkpoint, "flowdiff", "python train_flowdiff.py")
-    path = options.out / "phase3_flowdiff" / "checkpoint_best.pt"
+    path = options.out / FLOW / "checkpoint_best.pt"
     save_checkpoint(path, "flowdiff", stored | {"weights": model.network.state_dict()})
     (options.out / "phase1_vae").mkdir(exist_ok=True)
     shutil.copy2(config.inference.vae_checkpoint, options.out / "phase1_vae" / "checkpoint_best.pt")
@@ -121,6 +128,7 @@ def repair(model: Normalizer, pairs: Tensor, made_from: dict, config: Config, op
     parts = {"weights": network, "average": average, "optimizer": optimizer}
     kept = LastStep(options.out / "repair_last.pt", "repair", identity, parts, "this command with another --out")
     begun = kept.take_up(config.runtime.resume)
+    remember(continues(begun, options.repair_steps))
     with bar(total=options.repair_steps, initial=begun, desc="repair", unit="step") as progress:
         steps = Steps()
         for step in steps.of(range(begun, options.repair_steps)):
@@ -143,6 +151,7 @@ def repair(model: Normalizer, pairs: Tensor, made_from: dict, config: Config, op
             progress.update()
             if (step + 1) % 50 == 0 or step + 1 == options.repair_steps or steps.asked:
                 kept.write(step + 1)
+                remember(continues(step + 1, options.repair_steps))
     kept.refuse_diverged("the training diverged: lower --repair-lr")
     network.load_state_dict(average.module.state_dict())
     network.requires_grad_(False).eval()

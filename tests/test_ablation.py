@@ -101,6 +101,9 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
     for other in (("--reader.steps", 3), ("--runtime.seed", 1), ("--inference.draws", 3), ("--data.gamma", 0.2)):
         with pytest.raises(UsageError, match="remove it, or choose another"):
             run_benchmark(ablation.main, monkeypatch, *asked, *other)
+    for row, name in (("without G", "another G"), ("everything", "another_G")):
+        with pytest.raises(UsageError, match="of another row"):
+            run_benchmark(ablation.main, monkeypatch, *asked[:-1], row, "--as", name)
     (results / "with_the_tuned_backbone" / "everything.json").unlink()
     with pytest.raises(UsageError, match="remove it, or choose another"):  # one of its two files is enough
         run_benchmark(ablation.main, monkeypatch, *asked, "--runtime.seed", 1)
@@ -211,7 +214,13 @@ def test_an_unknown_row_is_refused(monkeypatch):
         ablation.arguments()
 
 
-@pytest.mark.parametrize("asked", [("parts", "all of them"), ("everything", "../other"), ("everything", ".hidden")])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        *(("parts", "all of them"), ("everything", "../other"), ("everything", ".hidden"), ("everything", "a|b")),
+        *(("without z", "everything"), ("everything", "fills"), ("everything", "a\nb"), ("everything", "x" * 101)),
+    ],
+)
 def test_one_row_is_renamed_and_to_a_name_of_a_file(asked, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ablation.py", "--rows", asked[0], "--as", asked[1]])
     with pytest.raises(UsageError, match="--as renames one row"):

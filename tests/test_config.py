@@ -119,6 +119,8 @@ BAD = [
     (c.DataConfig, "data.test_share", {"test_share": -0.1}),
     (c.DataConfig, "data.max_bad_share", {"max_bad_share": 1.1}),
     (c.DataConfig, "data.num_workers", {"num_workers": -1}),
+    (c.DataConfig, "data.cache_disk_gb", {"cache_disk_gb": 1e300}),
+    (c.UNetConfig, "unet.tile", {"tile": 1, "channels": (32,), "attention": (False,)}),
     (c.DataConfig, "data.gamma", {"gamma": float("nan")}),
     (c.VAEConfig, "vae.lambda_pix", {"lambda_pix": -1.0}),
     (c.VAEConfig, "vae.beta_kl", {"beta_kl": float("inf")}),

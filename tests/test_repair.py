@@ -9,8 +9,9 @@ from pipeline import ROOT, flags_of, run_benchmark, sources
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import repair
 
+from checks import UsageError
 from config import Config
-from files import load_checkpoint
+from files import load_checkpoint, sha256
 from flowdiff_loss import generative_loss
 from flowdiff_process import clean_from_velocity, interpolate, two_heads
 from normalizer import Normalizer
@@ -60,3 +61,26 @@ def test_the_network_that_learnt_on_stands_where_phase_4_looks(examined, tmp_pat
     run_benchmark(repair.main, monkeypatch, *asked)
     again = load_checkpoint(flow, "flowdiff", "")["weights"]
     assert all(again[name].equal(learnt[name]) for name in learnt)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (("--repair-steps", 0), "1 or more"),
+        (("--pairs", 0), "1 or more"),
+        (("--repair-lr", "nan"), "must lie in"),
+        (("--repair-lr", -1), "must lie in"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(words, found, examined, tmp_path, monkeypatch):
+    flags = flags_of(tmp_path / "first", examined.phantoms, *sources("inference", examined))
+    with pytest.raises(UsageError, match=found):
+        run_benchmark(repair.main, monkeypatch, *flags, "--out", tmp_path / "out", *words)
+
+
+def test_the_networks_that_learn_on_are_not_written_over(examined, tmp_path, monkeypatch):
+    flags = flags_of(tmp_path / "first", examined.phantoms, *sources("inference", examined))
+    before = sha256(examined.phase3 / "checkpoint_best.pt")
+    with pytest.raises(UsageError, match="another folder for --out"):
+        run_benchmark(repair.main, monkeypatch, *flags, "--out", examined.phase3.parent)
+    assert sha256(examined.phase3 / "checkpoint_best.pt") == before
