@@ -24,7 +24,10 @@ def fits(size: tuple[int, int], side: int) -> bool:
 
 
 def corners(size: tuple[int, int], side: int) -> list[Corner]:
-    """Of tiles that cover a latent (h, w), spread evenly; neighbours share at least half of their places."""
+    """Of tiles that cover a latent (h, w), spread evenly; neighbours share half of their places or more.
+
+    Of an odd side, which only a network of one level may have, it can be a place less.
+    """
     rows, columns = (_starts(length, min(side, length)) for length in size)
     return [(row, column) for row in rows for column in columns]
 
