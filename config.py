@@ -182,8 +182,8 @@ class UNetConfig:
             divides = not attends or channels % self.attention_head_dim == 0
             require(divides, f"unet.attention_head_dim = {self.attention_head_dim} must divide {channels}")
         require_ranges("unet", self, ("tile",), 0)
-        whole = self.tile % self.downsampling == 0 and self.tile not in (1, 2, 3)
-        words = f"4 or more and a multiple of {self.downsampling}, or 0 for whole latents"
+        whole = self.tile % self.downsampling == 0 and self.tile != self.downsampling
+        words = f"0 for whole latents, or two or more times {self.downsampling}"
         require(whole, f"unet.tile must be {words}, got {self.tile}")
         require_ranges("unet", self, ("dropout",), 0, 0.9)
 

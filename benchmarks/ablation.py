@@ -20,6 +20,15 @@ is kept, and a training that was killed goes on; what rows share takes gigabytes
 is chosen by a label of the test split.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import interruption
+
+    interruption.begin()  # first: a signal may come during the imports below, too
+
 import argparse
 import re
 import sys
@@ -33,7 +42,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablation_ground import GROUNDS, Channel, Ground, Kept, logits_of
-from detection import commit, file_name, hardware, read_part, table_of
+from detection import commit, file_name, hardware, names_in, read_part, table_of
 
 from checks import UsageError
 from command_line import parse_command
@@ -128,7 +137,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     names = "rows:\n  " + "\n  ".join((*ROWS, *GROUPS))
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=names, formatter_class=style, allow_abbrev=False)
-    parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
+    parser.add_argument("--rows", type=names_in, default=[])
     parser.add_argument("--as", dest="name", default="")
     parser.add_argument("--on", choices=tuple(GROUNDS), default="test")
     parser.add_argument("--results", type=Path)
@@ -156,6 +165,8 @@ def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
     if set(options.rows) & set(LEVELS) and ground.config.reader.levels != USUAL:
         raise UsageError(f"rows of one noise level are of {USUAL}: leave reader.levels as it is")
     tuned = ground.config.reader.tuned_steps > 0
+    for way in ways_of("everything", tuned):  # now: hours later would be late
+        (options.results / file_name(way)).mkdir(parents=True, exist_ok=True)
     with hold(ground.folder, "ablation"):
         for row in options.rows:
             ways, asked = ways_of(row, tuned), ground.asked() | {"row": row}
@@ -171,7 +182,6 @@ def run_row(row: str, ground: Ground, asked: dict, options: argparse.Namespace) 
         part |= {"settings": {"way": way}, "commit": commit(), "hardware": hardware()}
         part |= {"minutes": round((time.monotonic() - began) / 60, 1)}
         path = part_file(name, way, options.results)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, part | judged)
         mean = judged["mean_over_kinds"]
         print(f"{name}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")

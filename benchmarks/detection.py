@@ -100,7 +100,9 @@ OURS: dict[str, tuple[str, ...]] = {
 OWN_FLAGS = (
     *("--data.root", "--data.test", "--data.height", "--data.width", "--data.max-bad-share", "--runtime.seed"),
     *("--outputs", "--inference.method", "--inference.output", "--inference.calibration"),
-    *("--inference.vae-checkpoint", "--inference.flow-checkpoint"),
+    *("--inference.vae-checkpoint", "--inference.flow-checkpoint", "--inference.shard"),
+    *("--vae.output", "--latent.output", "--latent.vae-checkpoint"),
+    *("--flowdiff.output", "--flowdiff.latents", "--flowdiff.vae-checkpoint"),
 )
 PEERS = {  # module in peers/ and its class; those of the first line need no training
     **{"nearest": "Nearest", "patchcore": "Patchcore", "padim": "Padim"},
@@ -119,14 +121,30 @@ def main() -> None:
     write_atomically(options.results / "table.md", lambda beside: beside.write_text(table + "\n"))
 
 
+def names_in(text: str) -> list[str]:
+    """What commas part."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def numbers_in(text: str) -> list[int]:
+    """The same, as numbers."""
+    try:
+        found = [int(name) for name in names_in(text)]
+    except ValueError:
+        found = []
+    if not found:
+        raise argparse.ArgumentTypeError(f"needs numbers parted by commas, such as 0,1,2, got {text!r}")
+    return found
+
+
 def arguments() -> tuple[argparse.Namespace, list[str]]:
     """What was asked for, and the flags of the four phases."""
     names = "rows:\n  " + "\n  ".join((*OURS, *PEERS))
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=names, formatter_class=style, allow_abbrev=False)
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--rows", type=lambda text: [name.strip() for name in text.split(",")], default=[])
-    parser.add_argument("--seeds", type=lambda text: [int(name) for name in text.split(",")], default=[0])
+    parser.add_argument("--rows", type=names_in, default=[])
+    parser.add_argument("--seeds", type=numbers_in, default=[0])
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--networks", type=Path)
     parser.add_argument("--outputs", type=Path, default=Path("outputs/detection"))

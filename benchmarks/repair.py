@@ -15,6 +15,15 @@ estimate is z_c. Half of each batch is corrupted. The error of the flow head is 
 at small t the target is the change over t. A training that was killed goes on.
 """
 
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import interruption
+
+    interruption.begin()  # first: a signal may come during the imports below, too
+
 import argparse
 import shutil
 import sys
@@ -36,6 +45,7 @@ from examination import open_normalizer, read_normals
 from files import load_checkpoint, save_checkpoint
 from flowdiff_loss import stratified_times
 from flowdiff_process import at_unit_variance, interpolate
+from holding import hold
 from interruption import Steps, continues, remember
 from last_step import LastStep
 from normalizer import Normalizer
@@ -54,7 +64,7 @@ from tuned_training import moved
 
 AT_FULL_WEIGHT = 0.25  # the t from which on an error of the flow head counts in full
 EMA_DECAY = 0.99
-FLOW = "phase3_flowdiff"
+FLOW, LAST = "phase3_flowdiff", "repair_last.pt"
 
 
 def main() -> None:
@@ -72,11 +82,20 @@ def main() -> None:
     for taken, name in ((config.inference.vae_checkpoint, "phase1_vae"), (config.inference.flow_checkpoint, FLOW)):
         if Path(taken).resolve().parent == (options.out / name).resolve():
             raise UsageError("--out is where the networks lie that are to learn on: choose another folder for --out")
-    (options.out / FLOW).mkdir(parents=True, exist_ok=True)
+    require(not model.network.tile, "repair training sees whole latents: train phase 3 without unet.tile")
+    path = options.out / FLOW / "checkpoint_best.pt"
+    if path.is_file() and not (options.out / LAST).is_file():
+        raise UsageError(f"--out has networks that are not this command's ({FLOW}/{path.name}): choose another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with hold(options.out, "repair"):
+        learn_on(model, config, path, options)
+
+
+def learn_on(model: Normalizer, config: Config, path: Path, options: argparse.Namespace) -> None:
+    """Pairs, training, and the networks where phase 4 looks for them."""
     pairs, made_from = pairs_of(model, config, options)
     repair(model, pairs, made_from, config, options)
     stored = load_checkpoint(config.inference.flow_checkpoint, "flowdiff", "python train_flowdiff.py")
-    path = options.out / FLOW / "checkpoint_best.pt"
     save_checkpoint(path, "flowdiff", stored | {"weights": model.network.state_dict()})
     (options.out / "phase1_vae").mkdir(exist_ok=True)
     shutil.copy2(config.inference.vae_checkpoint, options.out / "phase1_vae" / "checkpoint_best.pt")
@@ -126,7 +145,7 @@ def repair(model: Normalizer, pairs: Tensor, made_from: dict, config: Config, op
     identity = {"steps": options.repair_steps, "lr": options.repair_lr, "precision": precision, **made_from}
     identity |= {"phase 3": repr(settings)}
     parts = {"weights": network, "average": average, "optimizer": optimizer}
-    kept = LastStep(options.out / "repair_last.pt", "repair", identity, parts, "this command with another --out")
+    kept = LastStep(options.out / LAST, "repair", identity, parts, "this command with another --out")
     begun = kept.take_up(config.runtime.resume)
     remember(continues(begun, options.repair_steps))
     with bar(total=options.repair_steps, initial=begun, desc="repair", unit="step") as progress:

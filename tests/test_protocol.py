@@ -265,6 +265,21 @@ def test_parts_that_cannot_be_compared_make_no_table(tmp_path, change, told):
         detection.table_of(tmp_path)
 
 
+@pytest.mark.parametrize("seeds", ["a", "", "0,x"])
+def test_seeds_that_are_no_numbers_are_refused_with_an_example(seeds, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["detection.py", "--seeds", seeds])
+    with pytest.raises(SystemExit):
+        detection.arguments()
+    assert "numbers parted by commas, such as 0,1,2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--flowdiff.output", "--latent.vae_checkpoint", "--inference.shard", "--data.root"])
+def test_a_flag_that_leads_a_phase_elsewhere_is_refused_before_anything_runs(flag, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["detection.py", "--rows", "reader", flag, "there"])
+    with pytest.raises(UsageError, match="this command's to give"):
+        detection.arguments()
+
+
 def test_seeds_of_one_training_are_no_seeds(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["detection.py", "--networks", "outputs", "--seeds", "0,1"])
     with pytest.raises(UsageError, match="--networks holds one training"):

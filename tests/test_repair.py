@@ -84,3 +84,9 @@ def test_the_networks_that_learn_on_are_not_written_over(examined, tmp_path, mon
     with pytest.raises(UsageError, match="another folder for --out"):
         run_benchmark(repair.main, monkeypatch, *flags, "--out", examined.phase3.parent)
     assert sha256(examined.phase3 / "checkpoint_best.pt") == before
+    other = tmp_path / "other" / "phase3_flowdiff" / "checkpoint_best.pt"
+    other.parent.mkdir(parents=True)
+    other.write_text("of another run")
+    with pytest.raises(UsageError, match="not this command's"):
+        run_benchmark(repair.main, monkeypatch, *flags, "--out", tmp_path / "other")
+    assert other.read_text() == "of another run"

@@ -181,6 +181,12 @@ def test_every_script_begins_before_its_long_imports(script):
     ]
 
 
+@pytest.mark.parametrize("script", ["detection", "ablation", "repair"])
+def test_benchmarks_of_hours_begin_before_their_long_imports(script):
+    begun = ast.parse((ROOT / "benchmarks" / f"{script}.py").read_text()).body[1]
+    assert ast.unparse(begun).startswith("if __name__ == '__main__':") and "interruption.begin()" in ast.unparse(begun)
+
+
 # ---------------------------------------------------------------- the rules
 
 
