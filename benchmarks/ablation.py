@@ -142,7 +142,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--on", choices=tuple(GROUNDS), default="test")
     parser.add_argument("--results", type=Path)
     options, flags = parser.parse_known_args()
-    own = {"test": "ablation", "rehearsal": "ablation-rehearsal"}[options.on]
+    own = "ablation" if options.on == "test" else f"ablation-{options.on}"
     options.results = options.results or ROOT / "benchmarks/results" / own
     asked = [name for row in options.rows for name in GROUPS.get(row, (row,))]
     unknown = [row for row in asked if row not in ROWS]

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from detection import manifest_sha256
 from protocol import PIXEL_FPR, Verdicts, judge, read_all, splits_of
-from rehearsal import Rehearsal, rehearsals
+from rehearsal import Rehearsal, final_map, left_out_maps, rehearsals
 from torch import Tensor
 from tuning import Alone
 
-from anomaly import blur_share, image_score
-from calibration import NormalViews, views_of_verdicts
+from anomaly import image_score
+from calibration import refuse_too_few, views_of_verdicts
 from config import Config
 from config_reading import ReaderConfig
 from examination import Normals, read_normals
@@ -33,7 +33,6 @@ from reader import Reader
 from reader_pool import KeptRows, Pool, make_pool
 from reader_training import LEARNING, RECIPE, reader_identity, seen_by_tuned
 from runtime import training_precision
-from standardization import PixelStatistics
 from thresholds import threshold_from_normals
 from tuned_training import fit_tuned
 
@@ -84,9 +83,8 @@ class Ground:
         inference, data = self.config.inference, self.config.data
         asked = {"manifest_sha256": manifest_sha256(Path(data.root)), **self.model.identity}
         asked |= {"seed": self.config.runtime.seed, "reader_recipe": RECIPE, **self.precisions()}
-        asked |= {
-            name: getattr(inference, name) for name in ("noise_level", "draws", "solver", "steps", "smooth_share")
-        }
+        walk = ("noise_level", "draws", "solver", "steps", "smooth_share")
+        asked |= {name: getattr(inference, name) for name in walk}
         asked |= {name: getattr(data, name) for name in ("brightness", "contrast", "gamma")}
         return json.loads(json.dumps(asked | {"reader": asdict(self.config.reader)}))
 
@@ -105,8 +103,10 @@ class Ground:
 
     @cached_property
     def normals(self) -> Normals:
-        """Who says what is usual."""
-        return read_normals(self.model, self.config, "val")
+        """Who says what is usual; UsageError if they are too few."""
+        normals = read_normals(self.model, self.config, "val")
+        refuse_too_few(len(normals.images), "reader")
+        return normals
 
     @cached_property
     def channels(self) -> list[list[Channel]]:
@@ -130,9 +130,8 @@ class Ground:
 
     def kept(self, look: Callable[[Tensor], list[Tensor]], name: str, identity: dict) -> list[np.ndarray]:
         """What `look` says of everybody, batch by batch in half precision, kept in a folder of this name."""
-        shown = {"everybody": hashlib.sha256(np.ascontiguousarray(self.everybody)).hexdigest()}
         size = self.config.inference.batch_size
-        kept = KeptRows(self.folder / name, len(self.everybody), identity | shown)
+        kept = KeptRows(self.folder / name, len(self.everybody), identity | {"everybody": self.fingerprint})
         with bar(total=kept.count, initial=kept.done, desc=f"{name}: those judged", unit="image") as progress:
             for first in range(kept.done, kept.count, size):
                 batch = torch.from_numpy(self.everybody[first : first + size]).unsqueeze(1)
@@ -140,6 +139,11 @@ class Ground:
                 kept.keep()
                 progress.update(len(batch))
         return kept.arrays
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everybody, by content."""
+        return hashlib.sha256(np.ascontiguousarray(self.everybody)).hexdigest()
 
     def identity(self, config: Config) -> dict:
         """What shapes anything that is trained here."""
@@ -196,11 +200,11 @@ class OnTest(Ground):
 
     def judged(self, logits: np.ndarray, config: Config) -> dict:
         """Standardized by what is said of the validation normals."""
-        normals = len(self.normals.images)
-        views, usual = usual_of(logits[:normals], config)
-        verdicts = Verdicts(pixel_threshold=threshold_from_normals(torch.cat(usual).numpy().ravel(), PIXEL_FPR))
-        known = views.statistics()
-        for record, shape, one in zip(self.records, self.test[1], logits[normals:], strict=True):
+        normals, said = len(self.normals.images), torch.from_numpy(logits[:, None])
+        usual = torch.cat(left_out_maps(said[:normals], normals, config))
+        verdicts = Verdicts(pixel_threshold=threshold_from_normals(usual.numpy().ravel(), PIXEL_FPR))
+        known = views_of_verdicts(said[:normals], config).statistics()
+        for record, shape, one in zip(self.records, self.test[1], said[normals:], strict=True):
             final = final_map(known, one, config)
             score = float(image_score(final, config.reader.top_share))
             verdicts.add(record, score, unfit_map(final[0, 0].numpy(), shape, config.data.fit))
@@ -227,23 +231,16 @@ class OnRehearsal(Ground):
     def judged(self, logits: np.ndarray, config: Config) -> dict:
         """Each standardized by what is said of the other validation normals, its own left out."""
         count = len(self.normals.images)
-        views, usual = usual_of(logits[:count], config)
-        rows, maps = list(range(count)), list(usual)
-        for number in range(count):  # the statistics without one normal serve all that was made of it
-            made_of_it = range(number + count, len(logits), count)
-            known = views.statistics_without(number)
-            maps += [final_map(known, logits[row], config) for row in made_of_it]
-            rows += made_of_it
-        kinds = ["normal"] * count + [f"{case.family} {case.what}" for case in self.cases for _ in range(count)]
-        masks = [None] * count + [mask for case in self.cases for mask in case.masks]
+        maps = left_out_maps(torch.from_numpy(logits[:, None]), count, config)
+        usual = torch.cat(maps[:count])
         return summarize(
             [float(image_score(one, config.reader.top_share)) for one in maps],
-            [int(row >= count) for row in rows],
-            [kinds[row] for row in rows],
+            np.repeat([0, 1], [count, len(maps) - count]),
+            np.repeat(["normal", *(f"{case.family} {case.what}" for case in self.cases)], count),
             [one[0, 0].numpy() for one in maps],
-            [masks[row] for row in rows],
-            threshold_from_normals(torch.cat(usual).numpy().ravel(), PIXEL_FPR),
-            [str(row % count) for row in rows],
+            [*[None] * count, *(mask for case in self.cases for mask in case.masks)],
+            threshold_from_normals(usual.numpy().ravel(), PIXEL_FPR),
+            [str(row % count) for row in range(len(maps))],
         )
 
 
@@ -283,14 +280,3 @@ def logits_of(
         detail = torch.from_numpy(images[rows]).unsqueeze(1).to(model.device)
         found.append(reader.logits(SimpleNamespace(detail=detail, maps=maps, model=model))[:, 0].half().cpu().numpy())
     return np.concatenate(found)
-
-
-def usual_of(logits: np.ndarray, config: Config) -> tuple[NormalViews, list[Tensor]]:
-    """What is usual, by logits of the validation normals, and the map of each (1, 1, .., ..) by the others."""
-    views = views_of_verdicts(torch.from_numpy(logits[:, None]), config)
-    return views, [blur_share(views.left_out(number), config.inference.smooth_share) for number in range(len(logits))]
-
-
-def final_map(known: PixelStatistics, logits: np.ndarray, config: Config) -> Tensor:
-    """The map (1, 1, k H, k W) of an image's logits (k H, k W), as phase 4 makes it."""
-    return blur_share(known.standardize(torch.from_numpy(logits[None, None]).float()), config.inference.smooth_share)

@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from anomaly import image_score
-from calibration import NEEDED, views_of_verdicts
-from checks import UsageError
+from anomaly import blur_share, image_score
+from calibration import refuse_too_few, views_of_verdicts
 from command_line import parse_command
 from config import Config
 from config_reading import ReaderConfig
@@ -37,6 +36,7 @@ from metrics import auroc, pixel_average_precision
 from normalizer import Normalizer
 from reader import Reader
 from runtime import run_script, stream_seed
+from standardization import PixelStatistics
 from survey import magnification_of
 
 HEIGHT = 512  # of the image whose pixels the radii below are given in
@@ -58,11 +58,7 @@ def main() -> None:
     model, config = open_normalizer(parse_command(__doc__))
     config = replace(config, inference=replace(config.inference, method="reader"))
     normals = read_normals(model, config, "val").images
-    if len(normals) < NEEDED["reader"]:
-        raise UsageError(
-            f"a rehearsal needs {NEEDED['reader']} validation normals or more, and there are {len(normals)}: add some "
-            "to the split val"
-        )
+    refuse_too_few(len(normals), "reader")
     reader = reader_of(model, config)
     write_table(rehearse(model, reader, normals, config), Path(config.inference.output) / "rehearsal.csv")
 
@@ -77,22 +73,35 @@ def write_table(rows: list[list], out: Path) -> None:
 
 def rehearse(model: Normalizer, reader: Reader, normals: np.ndarray, config: Config) -> list[list]:
     """A row of COLUMNS for each kind of thing, and the mean of each family."""
-    views = views_of_verdicts(verdicts(model, reader, normals, config), config)
-    own = [views.left_out(number) for number in range(len(normals))]
-    usual = [float(image_score(each, config.reader.top_share)) for each in own]
+    count, cases = len(normals), rehearsals(normals, config.runtime.seed)
+    said = [verdicts(model, reader, normals, config)]
+    said += [verdicts(model, reader, case.images, config, f"{case.family} {case.what}") for case in cases]
+    maps = left_out_maps(torch.cat(said), count, config)
+    scores = np.array([float(image_score(each, config.reader.top_share)) for each in maps]).reshape(-1, count)
     rows = []
-    for case in rehearsals(normals, config.runtime.seed):
-        seen = verdicts(model, reader, case.images, config, f"{case.family} {case.what}")
-        maps = [views.statistics_without(number).standardize(one[None].float()) for number, one in enumerate(seen)]
-        scores = [float(image_score(each, config.reader.top_share)) for each in maps]
-        labels = np.repeat([0, 1], len(normals))
-        found = auroc(np.array(usual + scores), labels)
-        precision = pixel_average_precision([each[0, 0].numpy() for each in maps], list(case.masks))
-        rows.append([case.family, case.what, len(normals), found, precision])
+    for number, case in enumerate(cases, 1):
+        found = auroc(np.concatenate([scores[0], scores[number]]), np.repeat([0, 1], count))
+        own = [each[0, 0].numpy() for each in maps[number * count : (number + 1) * count]]
+        rows.append([case.family, case.what, count, found, pixel_average_precision(own, list(case.masks))])
     for family in ("corruption", "blob"):
         means = np.mean([row[3:] for row in rows if row[0] == family], axis=0)
-        rows.append([family, "mean", len(normals), *means])
+        rows.append([family, "mean", count, *means])
     return [[*row[:3], *(f"{value:.3f}" for value in row[3:])] for row in rows]
+
+
+def left_out_maps(logits: torch.Tensor, count: int, config: Config) -> list[torch.Tensor]:
+    """Maps (1, 1, H, W) of logits (N, 1, H, W): those of `count` normals, then of the same with something in each.
+
+    A normal is left out of the statistics that standardize it and what was made of it, as a new one would be.
+    """
+    views = views_of_verdicts(logits[:count], config)
+    known = [views.statistics_without(number) for number in range(count)]
+    return [final_map(known[row % count], each, config) for row, each in enumerate(logits)]
+
+
+def final_map(known: PixelStatistics, logits: torch.Tensor, config: Config) -> torch.Tensor:
+    """The map (1, 1, H, W) of an image's logits (1, H, W), as phase 4 makes it."""
+    return blur_share(known.standardize(logits[None].float()), config.inference.smooth_share)
 
 
 def verdicts(

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import signal
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -217,7 +216,8 @@ def test_a_pool_that_goes_on_is_kept_every_eight_batches_from_there(pool, model,
     )
     kept, keep = [], KeptRows.keep
     monkeypatch.setattr(KeptRows, "keep", lambda self: (kept.append(self.done), keep(self)))
-    config = replace(config_for(), inference=replace(config_for().inference, batch_size=1))
+    config = config_for()
+    config = dataclasses.replace(config, inference=dataclasses.replace(config.inference, batch_size=1))
     make_pool(model, FeatureExtractor(config.reader, "cpu"), normals(), config, {}, tmp_path / POOL)
     assert kept == [11, 12]
 

@@ -110,5 +110,5 @@ def test_too_few_normals_are_told_before_anything_is_trained(examined, monkeypat
     few = SimpleNamespace(images=np.zeros((2, 8, 8), np.float32))
     monkeypatch.setattr(rehearsal, "read_normals", lambda *given: few)
     monkeypatch.setattr(rehearsal, "reader_of", lambda *given: pytest.fail("trained before it was looked"))
-    with pytest.raises(UsageError, match="needs 3 validation normals or more, and there are 2"):
+    with pytest.raises(UsageError, match="too few validation normals: inference.method reader needs 3 and there are 2"):
         run_benchmark(rehearsal.main, monkeypatch, *flags)
