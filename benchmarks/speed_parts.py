@@ -12,15 +12,18 @@ import torch
 from speed_augmentation import augmentations
 from speed_reader import tuning_step, whole_step
 from stopwatch import Work, compare, free_mib, measure, own_mib, ten_most
+from torch import nn
 
 from checks import UsageError
 from command_line import parse_command
+from computing import laid_out
 from config import Config
 from latent_dataset import LatentDataset
 from runtime import start
 
 LATENTS = 512  # rows that phase 3 is timed on, but for the part scaling
 # images a step where works stand side by side, unless fewer are asked for: what keeps the device busy
+GRAPHS = ("cuda",)  # devices that are given many kernels in one launch
 FULL = {"cpu": {"phase 1": 4, "phase 3": 4, "phase 4": 4}, "cuda": {"phase 1": 16, "phase 3": 256, "phase 4": 16}}
 
 
@@ -231,15 +234,30 @@ def settings(here: Here, size: int) -> list[dict]:
     return rows
 
 
-def compiling(here: Here, size: int) -> list[dict]:
-    """What runtime.compile changes, once it has compiled."""
-    latents, accelerator, rows = here.latents(size), here.accelerator, []
-    for kind, make, given in (("phase 1", work_of.phase1, ()), ("phase 3", work_of.phase3, (latents,))):
+def compiling(kind: str) -> Callable[[Here, int], list[dict]]:
+    """A part that says what runtime.compile brings, once it has compiled; of phase 3 on a GPU CUDA graphs of that, too.
+
+    For graphs there is no setting: they get one if they pay.
+    """
+
+    def run(here: Here, size: int) -> list[dict]:
+        make, given = (work_of.phase1, ()) if kind == "phase 1" else (work_of.phase3, (here.latents(size),))
         config = here.config(size, here.full(kind))
         other = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, compile=True))
-        pair = {kind: make(config, accelerator, *given), f"{kind}, compiled": make(other, accelerator, *given)}
-        rows += side_by_side(pair, here)
-    return rows
+        works = {kind: make(config, here.accelerator, *given)}
+        works[f"{kind}, compiled"] = make(other, here.accelerator, *given)
+        if kind == "phase 3" and here.device.type in GRAPHS:
+            works[f"{kind}, compiled, CUDA graphs"] = make(config, here.accelerator, *given, change=as_graphs)
+        return side_by_side(works, here)
+
+    return run
+
+
+def as_graphs(network: nn.Module) -> nn.Module:
+    """The same module, laid out as phase 3 does, whose calls are compiled and launched as CUDA graphs."""
+    network = laid_out(network, next(network.parameters()).device)
+    network.compile(mode="reduce-overhead")
+    return network
 
 
 def scaling(here: Here, size: int) -> list[dict]:
@@ -278,7 +296,8 @@ PARTS: dict[str, Callable[[Here, int], list[dict]]] = {
     "augmentation": augmentation,
     "examinations": examinations,
     "settings": settings,
-    "compile": compiling,
+    "compile-phase1": compiling("phase 1"),
+    "compile-phase3": compiling("phase 3"),
     "scaling": scaling,
     "fit-phase1": fit(phase1),
     "fit-phase3": fit(phase3),
@@ -286,4 +305,7 @@ PARTS: dict[str, Callable[[Here, int], list[dict]]] = {
     "profile-phase3": profiled("phase 3", phase3),
 }
 # at the first size alone
-ONCE = ("plain-loop", "tuning", "tuning-whole", "settings", "compile", "scaling", "profile-phase1", "profile-phase3")
+ONCE = (
+    *("plain-loop", "tuning", "tuning-whole", "settings", "compile-phase1", "compile-phase3"),
+    *("scaling", "profile-phase1", "profile-phase3"),
+)

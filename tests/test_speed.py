@@ -279,6 +279,22 @@ def test_a_profile_is_text_of_ten_operations(run, tmp_path):
     assert "convolution" in text and rules[2] - rules[1] == 1 + 10 and str(ROOT) not in text
 
 
+@pytest.mark.parametrize(("graphs", "others"), [((), ["compiled"]), (("cpu",), ["compiled", "compiled, CUDA graphs"])])
+def test_compiled_steps_stand_beside_those_that_are_not(graphs, others, run, tmp_path, monkeypatch):
+    real, modes = nn.Module.compile, []
+
+    def compile_in_seconds(network, mode=None):
+        modes.append(mode)
+        real(network, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_in_seconds)
+    monkeypatch.setattr(speed_parts, "GRAPHS", graphs)
+    run("--parts", "compile-phase3")
+    rows = kept(tmp_path, "compile-phase3")["rows"]
+    assert [row["row"] for row in rows] == ["phase 3", *(f"phase 3, {name}" for name in others)]
+    assert modes == [None, "reduce-overhead"][: len(others)]
+
+
 def test_phase_3_is_timed_against_the_number_of_latents(run, tmp_path):
     assert "| scaling | demo, changed | 32 | cpu | 5 |" in run("--parts", "scaling")
     assert [row["latents"] for row in kept(tmp_path, "scaling")["rows"]] == [3, 5]
