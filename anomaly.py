@@ -1,7 +1,7 @@
 """What G changed: the plain formula, named views of the change, and the score of an image.
 
-A view is one function and one name: add the function, list it in VIEWS, and name it in calibration.views of config.py.
-Views of an estimate are made once per noise level. All give (B, K, H, W); residuals keep their sign.
+A view is one function and one name: add the function, list it in VIEWS, and name it in calibration.views of
+config_reading.py. Views of an estimate are made once per noise level. All give (B, K, H, W); residuals keep their sign.
 """
 
 from collections.abc import Callable, Sequence

@@ -113,8 +113,8 @@ def parse_command(description: str, argv: list[str] | None = None) -> CommandLin
     text = (
         f"{description}\n\nBefore any other flag is read, --preset {{{','.join(PRESETS)}}} chooses the defaults "
         "shown below, and --outputs DIR puts everything the four phases write and hand on below DIR. Every default "
-        "is a line of config.py or presets.py. --quiet leaves progress and chatter out: warnings and errors alone are "
-        "heard."
+        "is a line of config.py, config_reading.py or presets.py. --quiet leaves progress and chatter out: warnings "
+        "and errors alone are heard."
     )
 
     def parsed(flags: list[str]) -> Config:

@@ -46,11 +46,11 @@ class DataConfig:
     test_share: float = 0.15  # share of normal patients held out for testing where a manifest has labels but no split
     split_seed: int = 0  # another number, another split; runtime.seed leaves the split alone
     max_bad_share: float = 0.05  # a run stops if more files cannot be read; fewer are listed in skipped_local_only.csv
-    cache_gb: float = 4.0  # decoded images kept in memory up to this size; more images are read anew each epoch
+    cache_gb: float = 4.0  # decoded images kept in memory up to this size; more are read from the disk in each epoch
     # decoded images kept on disk up to this size, float32: 1 MB each at 512 x 512, 4.2 MB for the reader at twice that;
     # read from there by later epochs, phases and runs; 0 decodes files each time they are read
     cache_disk_gb: float = 50.0
-    cache_folder: str = "./outputs/cache"  # where; its owner's alone, for it holds pixels; may be removed at any time
+    cache_folder: str = "./outputs/cache"  # --preset, --outputs move it; pixels, so its owner's alone; may be removed
     # processes that read ahead; in phase 4 threads that do, processes that draw, and while the reader learns processes
     # that corrupt radiographs; 0 does it all in the main process
     num_workers: int = 4
@@ -201,7 +201,7 @@ class FlowDiffTrainingConfig:
     lambda_flow: float = 0.5  # weight of the velocity (flow head)
     lambda_id_global: float = 0.1  # weight of |x - G(x)| once warmed up; more: normals change less, but so do lesions
     identity_noise_level: float = 0.4  # how far out G walks in the identity loss; keep it at inference.noise_level
-    identity_space: Literal["pixel", "latent"] = "pixel"  # pixel decodes (the real thing); latent is ten times cheaper
+    identity_space: Literal["pixel", "latent"] = "pixel"  # pixel decodes (the real thing); latent is cheaper
     identity_share: float = 0.25  # share of each batch that the identity loss sees; at least one image
     identity_solver: Solver = "one_step"  # how G walks back in the identity loss
     identity_steps: int = 1  # steps of that walk; the memory of training grows with it

@@ -5,7 +5,7 @@ Reads   the normal radiographs of data.root and outputs/phase1_vae/checkpoint_be
 
 Writes  outputs/phase2_latents/: latents_{train,val}.npy, float32 (N, C, h, w), raw; latents_{train,val}.pkl with the
         source path of every row, for people, and for the owner of the file alone; latents.json with the mean and std
-        per channel that standardize them
+        per channel that standardize them; skipped_local_only.csv and twins_local_only.csv, as phase 1
 
         outputs/cache/: radiographs as they were decoded, where phase 1 has not left them
 

@@ -4,7 +4,8 @@ Reads   the normal radiographs of data.root (train and validation patients)
 
 Writes  outputs/phase1_vae/: checkpoint_best.pt for phases 2 to 4, checkpoint_last.pt to resume, by runtime.keep_every
         others on the way, log.csv, curves.png, and val_XXXXXX.png with original, reconstruction and residual of
-        validation images
+        validation images; skipped_local_only.csv and twins_local_only.csv, where files could not be read or one picture
+        came twice
 
         outputs/cache/: the radiographs as they were decoded, for every later phase and run
 

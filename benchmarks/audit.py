@@ -1,10 +1,8 @@
 """How small a lesion survives, before any GPU day is spent: python benchmarks/audit.py --preset cpu --data.root ./data
 
-Takes the flags of inference.py and the checkpoints it would take. Implants discs of known radius and contrast into
-validation normals, darker and brighter in turn, and prints per radius
-
-Every other validation normal says what is usual, and the discs lie in the rest: a normal that had a say in its own
-threshold would flatter it.
+Takes the flags of inference.py and the checkpoints it would take. Every other validation normal says what is usual, and
+the discs lie in the rest: a normal that had a say in its own threshold would flatter it. Implants discs of known radius
+and contrast, darker and brighter in turn, and prints per radius
 
 survives     what is left of the contrast in dec(enc(x)): near 0, the autoencoder has lost the lesion, and G with it
 found        share of the discs in which the final map exceeds its threshold somewhere
