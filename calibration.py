@@ -2,8 +2,8 @@
 
 A normal radiograph also differs from G(x): along tooth edges more than in air. So with method "statistical" each view,
 at several blurs, is standardized per pixel by what the validation normals show there, and `fusion.py` makes one map of
-all; with method "reader" the reader's logit is. Each validation normal is scored under the statistics of the others, as
-a new normal would be.
+all; with method "reader" the reader's logit is. Each validation normal is scored under the statistics of those of other
+patients, as a new patient's would be.
 
 calibration = calibrate(model, images, config)          images (N, H, W) of validation normals
 calibration.save(folder); Calibration.load(folder, "statistical").to(model.device)
@@ -13,7 +13,7 @@ Views are (B, V, H, W), features (B, F, H, W) with F = V times the number of blu
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -32,13 +32,13 @@ from progress import bar, warn
 from reader import Reader
 from scratch import nameless_array
 from standardization import NormalViews, PixelStatistics, features
-from survey import COLOUR_QUANTILE, look_at, magnification_of, maps_beside
+from survey import COLOUR_QUANTILE, contents_of, look_at, magnification_of, maps_beside
 from thresholds import threshold_from_normals
 from typical import Typical, summary_of
 
-FORMAT = 7  # of METHOD.json; another is made anew
-NEEDED = {"plain": 1, "statistical": 2, "reader": 3}  # validation normals that each method needs
-FEW_NORMALS = 20  # below, each left-out normal moves the statistics of the others
+FORMAT = 8  # of METHOD.json; another is made anew
+NEEDED = {"plain": 1, "statistical": 2, "reader": 3}  # patients whose validation normals each method needs
+FEW_NORMALS = 20  # patients; below, each that is left out moves the statistics of the others
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Calibration:
     method: str
     belongs_to: dict  # hashes of the checkpoints, and the settings that shape a map
     scores: np.ndarray  # (N,) image scores of the validation normals, each left out of its own statistics
-    pixel_threshold: float  # the share pixel_fpr of the pixels of normals lies above
+    pixel_threshold: float  # the share pixel_fpr of the pixels of normals lies above, those that "pad" added left out
     scale: dict[str, float]  # where the colour bars of residual, l1, gradient and anomaly_map end
     identity_error: float  # mean |x - G(x)|
     vae_error: float  # mean |x - dec(enc(x))|
@@ -60,6 +60,7 @@ class Calibration:
     beside_statistics: PixelStatistics | None = None  # of the maps that a score hears beside the reader's
     typical: Typical | None = None  # latents of the normals; None where they are too few to say
     file_sizes: list[list[int]] | None = None  # rows and columns of the smallest and of the largest normal's file
+    patients: int | None = None  # whose the normals are: so many know nothing of one another; None: one normal each
 
     def scores_of(self, seen: Examined, maps: Tensor, config: Config) -> np.ndarray:
         """The score (B,) of each image of a batch whose final maps (B, 1, H, W) are these."""
@@ -77,6 +78,17 @@ class Calibration:
         parts = {name: getattr(self, name) for name in ("statistics", "beside_statistics", "fusion")}
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
+    @property
+    def independent(self) -> int:
+        """How many patients the normals are of, which is what the uncertainty of a rate goes by."""
+        return self.patients or len(self.scores)
+
+    @property
+    def normals_told(self) -> str:
+        """How many normals say it, and of how many patients, where these are fewer."""
+        images = f"{len(self.scores)} validation normals"
+        return images if self.independent == len(self.scores) else f"{images} of {self.independent} patients"
+
     def score_threshold(self, image_fpr: float) -> float:
         """The score that at most this share of the validation normals exceeds."""
         return threshold_from_normals(self.scores, image_fpr)
@@ -92,7 +104,8 @@ class Calibration:
 
         One that shows more is looked at no closer than they are (`finest` of radiographs.geometry.fit_detail).
         """
-        wanted = (magnification_of(config) * size for size in (config.data.height, config.data.width))
+        shown = contents_of([shape], 1, config, magnification_of(config))[0]
+        wanted = (each.stop - each.start for each in shown)
         return any(own < min(known, most) for own, known, most in zip(shape, self.file_sizes[0], wanted, strict=True))
 
     def foreign(self, seen: Examined, limit: float) -> list[bool]:
@@ -129,8 +142,8 @@ class Calibration:
             arrays |= {"beside_std": self.beside_statistics.std.cpu().numpy()}
         if self.fusion is not None:
             arrays |= {"weights": self.fusion.weights.cpu().numpy(), "bias": np.float64(self.fusion.bias)}
-        named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error", "file_sizes")
-        content = {name: getattr(self, name) for name in named}
+        named = ("method", "belongs_to", "pixel_threshold", "scale", "identity_error", "vae_error")
+        content = {name: getattr(self, name) for name in (*named, "file_sizes", "patients")}
         content |= {"view_names": list(self.view_names), "largest": self.fusion.largest if self.fusion else None}
         content["typical"] = asdict(self.typical) if self.typical else None
         content["score_fusion"] = asdict(self.score_fusion) if self.score_fusion else None
@@ -217,35 +230,47 @@ def readings_of(maps: Tensor, beside: Tensor, config: Config) -> np.ndarray:
     return np.stack([image_score(each, config.reader.top_share).cpu().numpy() for each in everyone], axis=1)
 
 
-def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None = None) -> Calibration:
+def calibrate(
+    model: Normalizer,
+    images: np.ndarray,
+    config: Config,
+    reader: Reader | None = None,
+    patients: Sequence[Hashable] | None = None,
+    shapes: list[tuple[int, int]] | None = None,
+) -> Calibration:
     """Examine the validation normals (N, k H, k W): how views become a map, thresholds, colour scales.
 
-    UsageError if there are too few of them, or a view in calibration.views is unknown.
+    Whose they are, each somebody else's if nobody says; and the shapes of their files, by which what "pad" added is
+    left out. UsageError if there are too few of them, or a view in calibration.views is unknown.
     """
-    method = config.inference.method
+    method, patients = config.inference.method, list(range(len(images)) if patients is None else patients)
+    independent = len(set(patients))
     if method == "statistical":
         check_views(config.calibration.views)
         check_fills(config.calibration.fills, "calibration.fills")
-    refuse_too_few(len(images), method)
-    if len(images) < FEW_NORMALS:
-        warn(f"{len(images)} validation normals only: thresholds and p-values are rough below {FEW_NORMALS}")
-    survey = look_at(model, images, config, reader)
+    refuse_too_few(independent, method)
+    if independent < FEW_NORMALS:
+        warn(f"{independent} validation patients only: thresholds and p-values are rough below {FEW_NORMALS}")
+    survey = look_at(model, images, config, reader, shapes)
     statistics = beside_statistics = fusion = score_fusion = None
     if method == "statistical":
-        normals = NormalViews(survey.shown, config.calibration, config.calibration.blurs)
+        normals = NormalViews(survey.shown, config.calibration, config.calibration.blurs, patients)
         fusion, statistics = _fuse(normals, model, images, config), normals.statistics()
     if method == "reader":
-        normals = views_of_verdicts(survey.shown, config)
-        others, statistics = NormalViews(survey.beside, config.reader), normals.statistics()
+        normals = views_of_verdicts(survey.shown, config, patients)
+        others = NormalViews(survey.beside, config.reader, patients=patients)
+        statistics = normals.statistics()
         beside_statistics = others.statistics()
-    height, width = survey.shown.shape[2:]
-    maps = nameless_array(config.inference.calibration, np.float32, (len(images), height, width))
+    contents = contents_of(shapes, len(images), config, magnification_of(config))
+    sizes = [survey.shown[0, 0][where].numel() for where in contents]
+    ends = np.cumsum(sizes)
+    pixels = nameless_array(config.inference.calibration, np.float32, (int(ends[-1]),))
     readings = []
     for index in bar(range(len(images)), desc="maps of normals", unit="image"):
         known = survey.shown[index : index + 1] if method == "plain" else normals.left_out(index)
         known = fusion.anomaly_map(known) if method == "statistical" else known
         final = blur_share(known, config.inference.smooth_share)
-        maps[index] = final[0, 0].numpy()
+        pixels[ends[index] - sizes[index] : ends[index]] = final[0, 0][contents[index]].numpy().ravel()
         if method == "reader":
             readings.append(readings_of(final, others.left_out(index), config))
         else:
@@ -253,14 +278,14 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
     scores = np.concatenate(readings)
     if method == "reader":
         weights = (1.0, config.reader.plain_weight, config.reader.residual_weight)
-        score_fusion, scores = ScoreFusion.of(scores, weights), left_out_scores(scores, weights)
-    colour = threshold_from_normals(maps, 1 - COLOUR_QUANTILE)
+        score_fusion, scores = ScoreFusion.of(scores, weights), left_out_scores(scores, weights, patients)
+    colour = threshold_from_normals(pixels, 1 - COLOUR_QUANTILE)
     scale = {"residual": survey.l1, "l1": survey.l1, "gradient": survey.gradient, "anomaly_map": colour}
     known = Calibration(
         method=method,
         belongs_to=shaping(model, config, reader),
         scores=scores,
-        pixel_threshold=threshold_from_normals(maps, config.inference.pixel_fpr),
+        pixel_threshold=threshold_from_normals(pixels, config.inference.pixel_fpr),
         scale={name: max(1e-6, 2 * value) for name, value in scale.items()},
         identity_error=survey.identity_error,
         vae_error=survey.vae_error,
@@ -270,23 +295,25 @@ def calibrate(model: Normalizer, images: np.ndarray, config: Config, reader: Rea
         reader=reader,
         score_fusion=score_fusion,
         beside_statistics=beside_statistics,
-        typical=Typical.of(survey.latents) if len(images) >= FEW_NORMALS else None,
+        typical=Typical.of(survey.latents) if independent >= FEW_NORMALS else None,
+        patients=independent,
     )
     return known.to(model.device)
 
 
-def views_of_verdicts(logits: Tensor, config: Config) -> NormalViews:
+def views_of_verdicts(logits: Tensor, config: Config, patients: Sequence[Hashable] | None = None) -> NormalViews:
     """What a reader says of validation normals (N, 1, k H, k W), with the floor of the spread that verdicts have."""
-    return NormalViews(logits, replace(config.reader, smallest_spread=config.reader.smallest_verdict_spread))
+    settings = replace(config.reader, smallest_spread=config.reader.smallest_verdict_spread)
+    return NormalViews(logits, settings, patients=patients)
 
 
-def refuse_too_few(count: int, method: str) -> None:
-    """UsageError for fewer validation normals than a method needs."""
+def refuse_too_few(patients: int, method: str) -> None:
+    """UsageError for validation normals of fewer patients than a method needs."""
     needed = NEEDED[method]
-    if count < needed:
+    if patients < needed:
         raise UsageError(
-            f"too few validation normals: inference.method {method} needs {needed} and there are {count}; add some to "
-            "the split val, or use --inference.method plain, which needs one"
+            f"too few validation normals: inference.method {method} needs those of {needed} patients and there "
+            f"are {patients}; add some to the split val, or use --inference.method plain, which needs one"
         )
 
 

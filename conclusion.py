@@ -19,7 +19,7 @@ REMARKS = {
 
 def conclude(entries: list[dict], calibration: Calibration, metrics: dict | None, config: Config) -> None:
     """Say what an examination of these entries found; metrics is what metrics.json holds, None without labels."""
-    settings, out, normals = config.inference, Path(config.inference.output), len(calibration.scores)
+    settings, out, normals = config.inference, Path(config.inference.output), calibration.independent
     threshold = calibration.score_threshold(settings.image_fpr)
     low, high = false_positive_interval(normals, settings.image_fpr)
     examined = [entry for entry in entries if "row" in entry]
@@ -42,7 +42,7 @@ def conclude(entries: list[dict], calibration: Calibration, metrics: dict | None
             "copies: their scores flatter; see the remarks in scores.csv"
         )
     print(
-        f"threshold from {normals} validation normals at a false-positive rate of {100 * settings.image_fpr:g} %: on "
+        f"threshold from {calibration.normals_told} at a false-positive rate of {100 * settings.image_fpr:g} %: on "
         f"new normals expect {low:.1%} to {high:.1%} (95 % interval), or somewhat more, since the same normals chose "
         "the checkpoints"
     )

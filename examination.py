@@ -96,12 +96,12 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
     reader = kept_reader(model, config) if method == "reader" else None
     if method == "reader" and reader is None:
         normals = read_normals(model, config, "val")  # to hear after the training that they are too few would be late
-        refuse_too_few(len(normals.images), method)
+        refuse_too_few(len(set(normals.patients)), method)
         reader = new_reader(model, config)
     known = Calibration.load(folder, method, reader)
     if known is not None and known.belongs_to == shaping(model, config, reader):
         print(
-            f"calibration read from {folder}: {len(known.scores)} validation normals, whatever data.root holds now "
+            f"calibration read from {folder}: {known.normals_told}, whatever data.root holds now "
             "(remove the folder to renew it)"
         )
         return known.to(model.device)
@@ -109,7 +109,8 @@ def calibration_of(model: Normalizer, config: Config) -> Calibration:
         print(f"the calibration in {folder} belongs to other checkpoints or settings: made anew")
     with hold(folder, "calibration"):
         normals = normals or read_normals(model, config, "val")
-        made = replace(calibrate(model, normals.images, config, reader), file_sizes=normals.file_sizes)
+        made = calibrate(model, normals.images, config, reader, normals.patients, normals.shapes)
+        made = replace(made, file_sizes=normals.file_sizes)
         made.save(folder)
     return made
 
@@ -210,7 +211,13 @@ class Normals(NamedTuple):
 
     images: np.ndarray  # float32 (N, k H, k W), as the method looks at them; they lie on disk
     pictures: str  # a hash of what they show: of the files, and of how they are prepared
-    file_sizes: list[list[int]]  # rows and columns of the smallest and of the largest file, each on its own
+    patients: list[str]  # whose each is
+    shapes: list[tuple[int, int]]  # rows and columns of each one's file
+
+    @property
+    def file_sizes(self) -> list[list[int]]:
+        """Rows and columns of the smallest and of the largest file, each on its own."""
+        return [np.min(self.shapes, axis=0).tolist(), np.max(self.shapes, axis=0).tolist()]
 
 
 def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
@@ -224,7 +231,7 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
     if training and len(records) > config.reader.normals:
         chosen = np.linspace(0, len(records) - 1, config.reader.normals).round().astype(int)
         records = [records[index] for index in chosen]
-    digests, shapes, errors, left_out = [], [], [], 0
+    digests, patients, shapes, errors, left_out = [], [], [], [], 0
     times = magnification_of(config)
     size = (times * config.data.height, times * config.data.width)
     images = nameless_array(config.inference.calibration, np.float32, (len(records), *size)) if records else []
@@ -236,7 +243,8 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
                     left_out += 1
                 else:
                     images[len(digests)] = sample.image
-                    shapes.append(sample.original_shape)
+                    patients.append(records[index].patient)
+                    shapes.append(tuple(sample.original_shape))
                     digests.append(sample.digest)
     name = "skipped_training_local_only.csv" if training else "skipped_local_only.csv"
     report = Path(config.inference.calibration) / name
@@ -258,5 +266,4 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
         )
     shown = [json.dumps(config.data.preprocessing), *digests]  # digests are of the files
     pictures = hashlib.sha256("".join(shown).encode()).hexdigest()
-    sizes = [np.min(shapes, axis=0).tolist(), np.max(shapes, axis=0).tolist()]
-    return Normals(images[: len(digests)], pictures, sizes)
+    return Normals(images[: len(digests)], pictures, patients, shapes)

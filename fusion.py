@@ -3,6 +3,7 @@
 Deviations are (B, F, H, W), in standard deviations of normals. No lesion and no test image is looked at.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +103,14 @@ class ScoreFusion:
         return (readings - np.array(self.centre)) / np.array(self.scale) @ np.array(self.weights)
 
 
-def left_out_scores(normal: np.ndarray, weights: tuple[float, ...]) -> np.ndarray:
-    """The score (N,) of each normal in units of the others, N at least 3: as a new normal would score."""
-    everyone = np.arange(len(normal))
-    return np.array([ScoreFusion.of(normal[everyone != i], weights).score(normal[i : i + 1])[0] for i in everyone])
+def left_out_scores(
+    normal: np.ndarray, weights: tuple[float, ...], patients: Sequence[Hashable] | None = None
+) -> np.ndarray:
+    """The score (N,) of each normal in units of other patients' normals, as a new patient's would score.
+
+    Of three patients at least; without `patients` each normal is somebody else's.
+    """
+    rows = range(len(normal))
+    _, whose = np.unique([str(patient) for patient in rows] if patients is None else patients, return_inverse=True)
+    others = (ScoreFusion.of(normal[whose != whose[row]], weights) for row in rows)
+    return np.array([known.score(normal[row : row + 1])[0] for row, known in zip(rows, others, strict=True)])

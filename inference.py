@@ -87,7 +87,7 @@ from survey import magnification_of
 from waiting import Waiting
 from writing import Writing
 
-RECIPE = 2  # raise it when code changes the results of the same files and settings
+RECIPE = 3  # raise it when code changes the results of the same files and settings
 SAVE_EVERY = 10  # batches at first, then a twentieth of those that are done: the note grows with them
 
 
@@ -241,6 +241,7 @@ def examine(
                 row.append("; ".join(told for name, told in REMARKS.items() if remarks[name]))
                 kept = f"maps/{index:03d}.npy" if settings.save_maps else ""
                 entry = {"index": index, "row": row, "score": score, **remarks, "figure": figure, "map": kept}
+                entry["shape"] = list(sample.original_shape)
                 unfinished.entries.append(entry)
                 if record.label is not None:
                     writing.keep(unfinished.keep, index, anomaly_map, sample.mask)
@@ -278,7 +279,7 @@ def examine(
 
 def shaping_results(calibration: Calibration, config: Config) -> dict:
     """Everything beside the files that results follow from."""
-    names = ("belongs_to", "pixel_threshold", "scale", "file_sizes")
+    names = ("belongs_to", "pixel_threshold", "scale", "file_sizes", "patients")
     known = {name: getattr(calibration, name) for name in names} | {"scores": calibration.scores.tolist()}
     asked = ("figures", "report", "save_maps", "dicom", "image_fpr", "examine_training_patients", "batch_size")
     settings = {name: getattr(config.inference, name) for name in asked} | {"outlier_std": config.latent.outlier_std}

@@ -14,6 +14,7 @@ from reporting.lookup import LOOKUP, Pseudonyms
 from reporting.report import Findings, write_report
 from results import Unfinished
 from runtime import shareable
+from survey import contents_of, magnification_of
 from thresholds import expected_false_positive_rate, false_positive_interval
 
 SKIPPED = "skipped_local_only.csv"
@@ -32,7 +33,7 @@ def publish(
     write_json(unfinished.folder / "config.json", shareable(config))
     rows = give_names(records, unfinished)
     write_csv(unfinished.folder / "scores.csv", COLUMNS, rows)
-    metrics = measure(records, unfinished, calibration)
+    metrics = measure(records, unfinished, calibration, config)
     if metrics:
         write_json(unfinished.folder / "metrics.json", metrics)
     if config.inference.report:
@@ -72,20 +73,23 @@ def findings(
 ) -> Findings:
     """What the report tells: nothing that the identity of the examination does not say already."""
     rate = config.inference.image_fpr
-    normals = len(calibration.scores)
+    normals = calibration.independent
     expected = expected_false_positive_rate(normals, rate), false_positive_interval(normals, rate)
     return Findings(entries, shaping, calibration.score_threshold(rate), *expected, metrics)
 
 
-def measure(records: list[Record], unfinished: Unfinished, calibration: Calibration) -> dict | None:
-    """Everything for metrics.json; None unless there are labels of both kinds."""
+def measure(records: list[Record], unfinished: Unfinished, calibration: Calibration, config: Config) -> dict | None:
+    """Everything for metrics.json, of the radiographs without what "pad" added; None without labels of both kinds."""
     known = [entry for entry in unfinished.entries if "row" in entry and records[entry["index"]].label is not None]
     labelled = [records[entry["index"]] for entry in known]
     labels = [record.label for record in labelled]
     if len(set(labels)) < 2:
         return None
+    shapes, times = [entry["shape"] for entry in known], magnification_of(config)
+    contents = contents_of(shapes, len(known), config, times)
     kept = [unfinished.kept(entry["index"]) for entry in known]
-    maps, masks = [each[0] for each in kept], [each[1] for each in kept]
+    maps = [own[where] for (own, _), where in zip(kept, contents, strict=True)]
+    masks = [None if mask is None else mask[where] for (_, mask), where in zip(kept, contents, strict=True)]
     kinds, patients = [record.kind for record in labelled], [record.patient for record in labelled]
     threshold, scores = calibration.pixel_threshold, [entry["score"] for entry in known]
     metrics = summarize(scores, labels, kinds, maps, masks, threshold, patients)

@@ -1,5 +1,6 @@
 """Mean and spread of normals per pixel: what a deviation is measured in, for views and for the reader's features."""
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +47,26 @@ def features(views: Tensor, blurs: tuple[float, ...]) -> Tensor:
 
 
 class NormalViews:
-    """The views of all validation normals (N, V, H, W), N >= 2, with the statistics of their features.
+    """The views of all validation normals (N, V, H, W) of two patients or more, with statistics of their features.
 
-    Left out of its own statistics, a validation normal scores as a new normal would; kept in, its scores would be too
-    low and every threshold from them too strict.
+    Left out of the statistics with all of its patient, a validation normal scores as a new patient's would; kept in, or
+    beside others of its patient, its scores would be too low and every threshold from them too strict. `patients` says
+    whose each is; without it each is somebody else's.
     """
 
-    def __init__(self, views: Tensor, settings: CalibrationConfig | ReaderConfig, blurs: tuple[float, ...] = (0.0,)):
+    def __init__(
+        self,
+        views: Tensor,
+        settings: CalibrationConfig | ReaderConfig,
+        blurs: tuple[float, ...] = (0.0,),
+        patients: Sequence[Hashable] | None = None,
+    ):
         self.views = views.half()  # the one thing here whose size grows with N: it may lie on disk
         self.settings, self.blurs = settings, blurs
+        self.rows_of: dict[Hashable, list[int]] = {}
+        self.patients = list(range(len(views)) if patients is None else patients)
+        for row, patient in enumerate(self.patients):
+            self.rows_of.setdefault(patient, []).append(row)
         self.total, self.squares = 0, 0
         for index in range(len(views)):
             own = self.features(index).double()  # thousands of squares, of which a small difference is taken
@@ -70,10 +82,13 @@ class NormalViews:
         return pixel_statistics(self.total, self.squares, len(self.views), self.settings)
 
     def statistics_without(self, index: int) -> PixelStatistics:
-        """Of all normals but one."""
-        own = self.features(index).double()
-        return pixel_statistics(self.total - own, self.squares - own.square(), len(self.views) - 1, self.settings)
+        """Of all normals but one, and those of the same patient."""
+        total, squares, rows = self.total, self.squares, self.rows_of[self.patients[index]]
+        for row in rows:
+            own = self.features(row).double()
+            total, squares = total - own, squares - own.square()
+        return pixel_statistics(total, squares, len(self.views) - len(rows), self.settings)
 
     def left_out(self, index: int) -> Tensor:
-        """The deviations (1, F, H, W) of a normal under the statistics of the others."""
+        """The deviations (1, F, H, W) of a normal under the statistics of other patients."""
         return self.statistics_without(index).standardize(self.features(index))

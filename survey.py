@@ -12,6 +12,7 @@ from config import Config
 from image_ops import residual_components
 from normalizer import Examined, Normalizer
 from progress import bar
+from radiographs.geometry import content
 from reader import Reader
 from scratch import nameless_array
 from typical import summary_of
@@ -34,12 +35,29 @@ class Survey:
     latents: np.ndarray  # their summaries (N, 2C)
 
 
-def look_at(model: Normalizer, images: np.ndarray, config: Config, reader: Reader | None) -> Survey:
-    """Examine all normals (N, k H, k W) once, batch by batch; UsageError where a map is not a number."""
+Content = tuple[slice, slice]  # the rows and columns that show a radiograph, and not what "pad" added
+
+
+def contents_of(shapes: list[tuple[int, int]] | None, count: int, config: Config, times: int = 1) -> list[Content]:
+    """Of files of these shapes what is theirs in an image, `times` enlarged; all of it where nobody knows the files."""
+    if shapes is None:
+        return [(slice(None), slice(None))] * count
+    data = config.data
+    return [content(tuple(shape), data.height, data.width, data.fit, times) for shape in shapes]
+
+
+def look_at(
+    model: Normalizer,
+    images: np.ndarray,
+    config: Config,
+    reader: Reader | None,
+    shapes: list[tuple[int, int]] | None = None,
+) -> Survey:
+    """Examine all normals (N, k H, k W) of files of these shapes once; UsageError where a map is not a number."""
     method, size = config.inference.method, config.inference.batch_size
     magnification = magnification_of(config)
     shown, beside = _Rows(len(images), config), _Rows(len(images), config)
-    names, numbers, latents = (), [], []
+    names, numbers, latents, contents = (), [], [], contents_of(shapes, len(images), config)
     with bar(total=len(images), desc="validation normals", unit="image") as progress:
         for first in range(0, len(images), size):
             batch = torch.from_numpy(np.asarray(images[first : first + size])).unsqueeze(1)
@@ -53,7 +71,7 @@ def look_at(model: Normalizer, images: np.ndarray, config: Config, reader: Reade
                 views = views_of(seen, config.calibration, config.inference)
                 names = tuple(views)
                 shown.add(torch.cat(list(views.values()), dim=1).half())
-            numbers.append(_numbers(seen))
+            numbers.append(_numbers(seen, contents[first : first + size]))
             latents.append(summary_of(seen.z.cpu().numpy()))
             progress.update(len(batch))
     means = torch.cat(numbers).mean(0).tolist()
@@ -91,15 +109,13 @@ def magnification_of(config: Config) -> int:
     return config.reader.magnification if config.inference.method == "reader" else 1
 
 
-def _numbers(seen: Examined) -> Tensor:
+def _numbers(seen: Examined, contents: list[Content]) -> Tensor:
     """Of each image (B, 4): the ends of l1 and of gradient, the identity error, the error of the autoencoder alone."""
     l1, gradient, _ = residual_components(seen.x, seen.normal)
-    ends = [_quantile(part) for part in (l1, gradient)]
-    alone = (seen.x - seen.reconstruction).abs()
-    return torch.stack([*ends, l1.flatten(1).mean(1), alone.flatten(1).mean(1)], dim=1).cpu()
-
-
-def _quantile(part: Tensor) -> Tensor:
-    """The colour quantile of each image, (B,); torch's own refuses large batches."""
-    values = part.flatten(1).cpu().numpy()
-    return torch.from_numpy(np.quantile(values, COLOUR_QUANTILE, axis=1).astype(np.float32)).to(part.device)
+    parts = [part.cpu().numpy() for part in (l1, gradient, (seen.x - seen.reconstruction).abs())]
+    rows = []
+    for index, (down, across) in enumerate(contents):
+        l1, gradient, alone = (part[index, 0, down, across] for part in parts)
+        ends = [np.quantile(part, COLOUR_QUANTILE) for part in (l1, gradient)]
+        rows.append([*ends, l1.mean(), alone.mean()])
+    return torch.tensor(np.array(rows), dtype=torch.float32)

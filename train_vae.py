@@ -51,6 +51,7 @@ from holding import hold
 from interruption import Steps, continues, remember
 from model import RadiographVAE, pretrained_vae, psnr, ssim, vae_loss
 from progress import bar, say
+from radiographs.geometry import content
 from radiographs.membership import Membership
 from reporting.figures import save_curves, save_grid
 from run_log import Meter, RunLog, read_log
@@ -268,6 +269,20 @@ def posterior_noise(
     return own_part(noise, accelerator).to(x.device, non_blocking=True)
 
 
+def quality_of(x: Tensor, copy: Tensor, shapes: Iterable[tuple[int, int]], config: Config) -> dict[str, Tensor]:
+    """Mean PSNR and SSIM of images of files of these shapes; what "pad" added is no part of them, and easily copied."""
+    data = config.data
+    if data.fit == "stretch":
+        return {"psnr": psnr(x, copy).mean(), "ssim": ssim(x, copy)}
+    found = []
+    for one, other, shape in zip(x.split(1), copy.split(1), shapes, strict=True):
+        rows, columns = content(tuple(map(int, shape)), data.height, data.width, data.fit)
+        one, other = one[..., rows, columns], other[..., rows, columns]
+        found.append((psnr(one, other)[0], ssim(one, other)))
+    everyone = zip(("psnr", "ssim"), zip(*found, strict=True), strict=True)
+    return {name: torch.stack(values).mean() for name, values in everyone}
+
+
 @torch.no_grad()
 def validate(
     vae: RadiographVAE, dataset: RadiographDataset, config: Config, device: torch.device, step: int, waiting: Waiting
@@ -284,7 +299,7 @@ def validate(
         reconstruction = vae.decode(mean)
         loss = vae_loss(x, reconstruction, mean, logvar, config.vae)
         copy = reconstruction.clamp(-1, 1)
-        quality = {"psnr": psnr(x, copy).mean(), "ssim": ssim(x, copy)}
+        quality = quality_of(x, copy, zip(batch["original_height"], batch["original_width"], strict=True), config)
         meter.add({"loss": loss.total, **loss.terms, **quality}, weight=len(x))
         if len(originals) < GRID_IMAGES:
             originals += x[:, 0].cpu()

@@ -33,6 +33,7 @@ from reader import Reader
 from reader_pool import KeptRows, Pool, make_pool
 from reader_training import LEARNING, RECIPE, reader_identity, seen_by_tuned
 from runtime import training_precision
+from survey import contents_of
 from thresholds import threshold_from_normals
 from tuned_training import fit_tuned
 
@@ -105,8 +106,13 @@ class Ground:
     def normals(self) -> Normals:
         """Who says what is usual; UsageError if they are too few."""
         normals = read_normals(self.model, self.config, "val")
-        refuse_too_few(len(normals.images), "reader")
+        refuse_too_few(len(set(normals.patients)), "reader")
         return normals
+
+    def pixels_of(self, maps: list[Tensor], config: Config) -> np.ndarray:
+        """Of maps (1, 1, k H, k W) of the normals what shows them, and not what "pad" added."""
+        contents = contents_of(self.normals.shapes, len(maps), config, config.reader.magnification)
+        return np.concatenate([one[0, 0][where].numpy().ravel() for one, where in zip(maps, contents, strict=True)])
 
     @cached_property
     def channels(self) -> list[list[Channel]]:
@@ -201,8 +207,8 @@ class OnTest(Ground):
     def judged(self, logits: np.ndarray, config: Config) -> dict:
         """Standardized by what is said of the validation normals."""
         normals, said = len(self.normals.images), torch.from_numpy(logits[:, None])
-        usual = torch.cat(left_out_maps(said[:normals], normals, config))
-        verdicts = Verdicts(pixel_threshold=threshold_from_normals(usual.numpy().ravel(), PIXEL_FPR))
+        usual = left_out_maps(said[:normals], self.normals.patients, config)
+        verdicts = Verdicts(pixel_threshold=threshold_from_normals(self.pixels_of(usual, config), PIXEL_FPR))
         known = views_of_verdicts(said[:normals], config).statistics()
         for record, shape, one in zip(self.records, self.test[1], said[normals:], strict=True):
             final = final_map(known, one, config)
@@ -231,15 +237,14 @@ class OnRehearsal(Ground):
     def judged(self, logits: np.ndarray, config: Config) -> dict:
         """Each standardized by what is said of the other validation normals, its own left out."""
         count = len(self.normals.images)
-        maps = left_out_maps(torch.from_numpy(logits[:, None]), count, config)
-        usual = torch.cat(maps[:count])
+        maps = left_out_maps(torch.from_numpy(logits[:, None]), self.normals.patients, config)
         return summarize(
             [float(image_score(one, config.reader.top_share)) for one in maps],
             np.repeat([0, 1], [count, len(maps) - count]),
             np.repeat(["normal", *(f"{case.family} {case.what}" for case in self.cases)], count),
             [one[0, 0].numpy() for one in maps],
             [*[None] * count, *(mask for case in self.cases for mask in case.masks)],
-            threshold_from_normals(usual.numpy().ravel(), PIXEL_FPR),
+            threshold_from_normals(self.pixels_of(maps[:count], config), PIXEL_FPR),
             [str(row % count) for row in range(len(maps))],
         )
 

@@ -1,8 +1,8 @@
 """How small a lesion survives, before any GPU day is spent: python benchmarks/audit.py --preset cpu --data.root ./data
 
-Takes the flags of inference.py and the checkpoints it would take. Every other validation normal says what is usual, and
-the discs lie in the rest: a normal that had a say in its own threshold would flatter it. Implants discs of known radius
-and contrast, darker and brighter in turn, and prints per radius
+Takes the flags of inference.py and the checkpoints it would take. The normals of every other validation patient say
+what is usual, and the discs lie in the rest: a normal that had a say in its own threshold would flatter it. Implants
+discs of known radius and contrast, darker and brighter in turn, and prints per radius
 
 survives     what is left of the contrast in dec(enc(x)): near 0, the autoencoder has lost the lesion, and G with it
 found        share of the discs in which the final map exceeds its threshold somewhere
@@ -38,15 +38,19 @@ COLUMNS = ["radius", "radius_px", "discs", "survives", "found", "false"]
 
 def main() -> None:
     model, config = open_normalizer(parse_command(__doc__))
-    normals, method = read_normals(model, config, "val").images, config.inference.method
-    least = max(2, 2 * NEEDED[method] - 1)
-    if len(normals) < least:
+    normals, method = read_normals(model, config, "val"), config.inference.method
+    least, everyone = max(2, 2 * NEEDED[method] - 1), list(dict.fromkeys(normals.patients))
+    if len(everyone) < least:
         raise UsageError(
-            f"the audit with method {method} needs {least} validation normals, half of them for thresholds, and there "
-            f"are {len(normals)}: add some to the split val"
+            f"the audit with method {method} needs validation normals of {least} patients, half of them for "
+            f"thresholds, and they are of {len(everyone)}: add some to the split val"
         )
     reader = reader_of(model, config) if method == "reader" else None
-    calibration, images = calibrate(model, normals[::2], config, reader), normals[1::2]
+    heard, rest = set(everyone[::2]), set(everyone[1::2])
+    usual = [row for row, patient in enumerate(normals.patients) if patient in heard]
+    whose, shapes = ([each[row] for row in usual] for each in (normals.patients, normals.shapes))
+    calibration = calibrate(model, normals.images[usual], config, reader, whose, shapes)
+    images = normals.images[[row for row, patient in enumerate(normals.patients) if patient in rest]]
     found = np.zeros((len(RADII), len(images[:NORMALS]), 3))
     for number in tqdm(range(found.shape[1]), desc="audit", unit="image"):
         found[:, number] = audit_one(images[number], number, model, calibration, config)

@@ -21,7 +21,7 @@ from checks import UsageError
 from config import DataConfig
 from dataset import Sample, read_batches
 from metrics import summarize
-from radiographs.geometry import unfit_map
+from radiographs.geometry import content, unfit_map
 from radiographs.manifest import Record, list_records, split_records
 from radiographs.reading import read_mask
 from thresholds import threshold_from_normals
@@ -82,9 +82,12 @@ def images_of(records: list[Record], config: DataConfig) -> np.ndarray:
 def examine(peer: Peer, splits: dict[str, list[Record]], config: DataConfig) -> Verdicts:
     """Fit a peer to the training normals, take its threshold from the validation normals, ask it for the test split."""
     peer.fit(images_of(splits["train"], config))
-    normals = images_of(splits["val"], config)
-    maps = [peer.score(normals[first : first + BATCH])[0] for first in range(0, len(normals), BATCH)]
-    verdicts = Verdicts(pixel_threshold=threshold_from_normals(np.concatenate(maps).ravel(), PIXEL_FPR))
+    pixels = []
+    for batch in read_all(splits["val"], config):
+        maps = peer.score(np.stack([sample.image for _, sample in batch]))[0]
+        for (_, sample), own in zip(batch, maps, strict=True):
+            pixels.append(own[content(sample.original_shape, *own.shape, config.fit)].ravel())
+    verdicts = Verdicts(pixel_threshold=threshold_from_normals(np.concatenate(pixels), PIXEL_FPR))
     with tqdm(total=len(splits["test"]), desc="test", unit="image") as progress:
         for batch in read_all(splits["test"], config):
             maps, scores = peer.score(np.stack([sample.image for _, sample in batch]))

@@ -57,10 +57,11 @@ class Rehearsal(NamedTuple):
 def main() -> None:
     model, config = open_normalizer(parse_command(__doc__))
     config = replace(config, inference=replace(config.inference, method="reader"))
-    normals = read_normals(model, config, "val").images
-    refuse_too_few(len(normals), "reader")
+    normals = read_normals(model, config, "val")
+    refuse_too_few(len(set(normals.patients)), "reader")
     reader = reader_of(model, config)
-    write_table(rehearse(model, reader, normals, config), Path(config.inference.output) / "rehearsal.csv")
+    rows = rehearse(model, reader, normals.images, config, normals.patients)
+    write_table(rows, Path(config.inference.output) / "rehearsal.csv")
 
 
 def write_table(rows: list[list], out: Path) -> None:
@@ -71,12 +72,12 @@ def write_table(rows: list[list], out: Path) -> None:
     print(f"wrote {out}")
 
 
-def rehearse(model: Normalizer, reader: Reader, normals: np.ndarray, config: Config) -> list[list]:
+def rehearse(model: Normalizer, reader: Reader, normals: np.ndarray, config: Config, patients: list[str]) -> list[list]:
     """A row of COLUMNS for each kind of thing, and the mean of each family."""
     count, cases = len(normals), rehearsals(normals, config.runtime.seed)
     said = [verdicts(model, reader, normals, config)]
     said += [verdicts(model, reader, case.images, config, f"{case.family} {case.what}") for case in cases]
-    maps = left_out_maps(torch.cat(said), count, config)
+    maps = left_out_maps(torch.cat(said), patients, config)
     scores = np.array([float(image_score(each, config.reader.top_share)) for each in maps]).reshape(-1, count)
     rows = []
     for number, case in enumerate(cases, 1):
@@ -89,12 +90,13 @@ def rehearse(model: Normalizer, reader: Reader, normals: np.ndarray, config: Con
     return [[*row[:3], *(f"{value:.3f}" for value in row[3:])] for row in rows]
 
 
-def left_out_maps(logits: torch.Tensor, count: int, config: Config) -> list[torch.Tensor]:
-    """Maps (1, 1, H, W) of logits (N, 1, H, W): those of `count` normals, then of the same with something in each.
+def left_out_maps(logits: torch.Tensor, patients: list[str], config: Config) -> list[torch.Tensor]:
+    """Maps (1, 1, H, W) of logits (N, 1, H, W): those of these patients' normals, then of the same with something each.
 
-    A normal is left out of the statistics that standardize it and what was made of it, as a new one would be.
+    A patient is left out of the statistics that standardize what is of it or was made of it, as a new one would be.
     """
-    views = views_of_verdicts(logits[:count], config)
+    count = len(patients)
+    views = views_of_verdicts(logits[:count], config, patients)
     known = [views.statistics_without(number) for number in range(count)]
     return [final_map(known[row % count], each, config) for row, each in enumerate(logits)]
 

@@ -48,9 +48,9 @@ def main() -> None:
     identity = {"tuned alone": repr(config.reader), "seed": config.runtime.seed, **model.identity}
     last = Path(config.inference.calibration) / "tuning_last.pt"
     network = fit_tuned(training, config, identity, last, model.device)
-    normals = read_normals(model, config, "val").images
-    alone = Alone(network, normals.shape[1:], config.reader.tuned_mirror, model.device)
-    rows = rehearse(AS_THEY_ARE, alone, normals, config)
+    normals = read_normals(model, config, "val")
+    alone = Alone(network, normals.images.shape[1:], config.reader.tuned_mirror, model.device)
+    rows = rehearse(AS_THEY_ARE, alone, normals.images, config, normals.patients)
     write_table(rows, Path(config.inference.output) / "tuning.csv")
 
 

@@ -134,7 +134,11 @@ def _decode(dataset: pydicom.Dataset, stream: bytes | None) -> np.ndarray:
     coding = dataset.file_meta.TransferSyntaxUID
     deep = coding == JPEGExtended12Bit and _bits_stored(dataset) > 8
     if stream is None or not (deep or coding in LOSSLESS_JPEG):
-        return pixel_array(dataset, index=0, decoding_plugin=DECODERS.get(coding, ""))
+        # of words as they are stored, the unused bits are ours to cut: they may be the lower ones
+        whole_words = (
+            {} if _by_codec(dataset) or dataset.get("SamplesPerPixel") == 3 else {"correct_unused_bits": False}
+        )
+        return pixel_array(dataset, index=0, decoding_plugin=DECODERS.get(coding, ""), **whole_words)
     import imagecodecs  # here: it takes a while to load, and few files need it
 
     values = imagecodecs.jpeg8_decode(stream)
@@ -220,7 +224,7 @@ def read_dicom(path: str | Path) -> tuple[np.ndarray, np.ndarray, str | None]:
     stored = _stored_values(dataset, decoded)
     if photometric == "PALETTE COLOR":
         return luma(apply_color_lut(stored, dataset)), np.ones(stored.shape, bool), _patient(dataset)
-    valid = ~_padding(dataset, stored)
+    valid = ~_padding(dataset, stored, decoded)
     _fill_rescale(dataset)
     pixels = apply_modality_lut(stored, dataset).astype(np.float64)
     # Inverted here and nowhere else: PresentationLUTShape INVERSE says the same thing a second time.
@@ -249,13 +253,18 @@ def _stored_values(dataset: pydicom.Dataset, values: np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f":
         return values
     values = values.astype(np.int64)
-    syntax = dataset.file_meta.TransferSyntaxUID
     bits = _bits_stored(dataset)
-    if bits == dataset.BitsAllocated or (syntax.is_compressed and syntax.is_encapsulated and syntax != RLELossless):
-        return values  # a codec holds the values alone
+    if bits == dataset.BitsAllocated or _by_codec(dataset):
+        return values
     highest = dataset.get("HighBit")
     values = (values >> max(0, (bits - 1 if highest is None else int(highest)) + 1 - bits)) & (2**bits - 1)
     return _as_signed(values, bits) if dataset.get("PixelRepresentation") == 1 else values
+
+
+def _by_codec(dataset: pydicom.Dataset) -> bool:
+    """Whether its pixels are coded by one that holds the values alone, and not the words that they stand in."""
+    syntax = dataset.file_meta.TransferSyntaxUID
+    return syntax.is_compressed and syntax.is_encapsulated and syntax != RLELossless
 
 
 def _bits_stored(dataset: pydicom.Dataset) -> int:
@@ -268,13 +277,21 @@ def _as_signed(values: np.ndarray, bits: int) -> np.ndarray:
     return values - ((values & 2 ** (bits - 1)) << 1)
 
 
-def _padding(dataset: pydicom.Dataset, stored: np.ndarray) -> np.ndarray:
-    """True where the scanner filled a canvas, PixelPaddingValue up to PixelPaddingRangeLimit -> bool (H, W)."""
+def _padding(dataset: pydicom.Dataset, stored: np.ndarray, words: np.ndarray) -> np.ndarray:
+    """True where the scanner filled a canvas, PixelPaddingValue up to PixelPaddingRangeLimit -> bool (H, W).
+
+    A value that the bits of a pixel cannot hold, such as 65535 of 12 bits, is one of the words they stand in, if any:
+    cut to 12 bits it would be that of saturated metal.
+    """
     if dataset.get("PixelPaddingValue") is None or stored.dtype.kind == "f":
         return np.zeros(stored.shape, bool)
     bits = _bits_stored(dataset)
     limits = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit")]
-    limits = np.array([int(limit) for limit in limits if limit is not None]) & (2**bits - 1)
+    limits = np.array([int(limit) for limit in limits if limit is not None])
     if dataset.get("PixelRepresentation") == 1:
-        limits = _as_signed(limits, bits)  # writers mix up US and SS: -2000 arrives as 63536
+        limits = _as_signed(limits & (2**bits - 1), bits)  # writers mix up US and SS: -2000 arrives as 63536
+    else:
+        word = 2**dataset.BitsAllocated - 1
+        limits = limits & word  # -1 is the highest word
+        stored = stored if limits.max() < 2**bits else words.astype(np.int64) & word
     return (stored >= limits.min()) & (stored <= limits.max())

@@ -56,6 +56,15 @@ def unfit_map(anomaly_map: np.ndarray, original_shape: tuple[int, int], fit: str
     return _resize(anomaly_map[top : top + rows, left : left + columns], *original_shape)
 
 
+def content(original_shape: tuple[int, int], height: int, width: int, fit: str, times: int = 1) -> tuple[slice, slice]:
+    """Which rows and columns of an image or a map of (times height, times width) show the radiograph.
+
+    The others are what "pad" added: they say nothing of it, and belong in no rate and in no mean.
+    """
+    top, left, rows, columns = _content_box(original_shape, height, width, fit, times)
+    return slice(top, top + rows), slice(left, left + columns)
+
+
 def _framed(x: np.ndarray, box: tuple[int, int, int, int], size: tuple[int, int]) -> np.ndarray:
     """x, (H, W), brought to its box in a black frame -> float32 of this size."""
     top, left, rows, columns = box
@@ -101,6 +110,6 @@ def _max_resize(mask: np.ndarray, size: int, axis: int) -> np.ndarray:
     """
     source = mask.shape[axis]
     if size >= source:
-        return np.take(mask, np.arange(size) * source // size, axis)
+        return np.take(mask, (2 * np.arange(size) + 1) * source // (2 * size), axis)
     starts = np.ceil(np.arange(size) * source / size - 0.5).astype(int)
     return np.logical_or.reduceat(mask, starts, axis)

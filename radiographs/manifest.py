@@ -263,7 +263,19 @@ def split_records(records: list[Record], config: DataConfig) -> dict[str, list[R
     if not splits["val"]:
         remedy = _remedy(splits["train"])
         raise UsageError(f"all normal radiographs belong to one patient: training and validation need two; {remedy}")
+    _tell_unlabelled(splits)
     return splits
+
+
+def _tell_unlabelled(splits: dict[str, list[Record]]) -> None:
+    """Where some know, say who is taken for normal though nobody said so; a folder of normals needs no label."""
+    if all(record.label is None for own in splits.values() for record in own):
+        return
+    unknown = {name: sum(record.label is None for record in splits[name]) for name in ("train", "val")}
+    told = [f"{count} of {len(splits[name])} in {name}" for name, count in unknown.items() if count]
+    if told:
+        message = f"radiographs without a label are taken for normal beside those that have one: {', '.join(told)}"
+        warnings.warn(message, stacklevel=3)
 
 
 def _drop_abnormal(splits: dict[str, list[Record]]) -> None:

@@ -46,12 +46,24 @@ def _read_channels(image: Image.Image) -> np.ndarray:
     """(H, W) if grey, else (H, W, 2 to 4), alpha last. Not by `convert("L")`, which would clip 16 bits at 255."""
     white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
     if image.mode in ("1", "L", "I", "F") or image.mode.startswith("I;16"):
-        pixels = np.asarray(image).astype(np.float64)
+        pixels = _numbers_of(image)
         # Pillow inverts a white-is-zero TIFF of up to 8 bits itself.
         return pixels.max() - pixels if white_is_zero and image.mode not in ("1", "L") else pixels
     if image.mode not in ("LA", "RGB", "RGBA"):
         image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     return np.asarray(image)
+
+
+def _numbers_of(image: Image.Image) -> np.ndarray:
+    """The values of a grey picture, float64. A TIFF says if they have a sign; Pillow takes 32 bits with, 8 without."""
+    pixels = np.asarray(image)
+    if image.format == "TIFF":
+        signed, bits = 2 in image.tag_v2.get(339, ()), image.tag_v2.get(258, (1,))[0]
+        if image.mode == "I" and bits == 32 and not signed:
+            pixels = pixels.view(np.uint32)
+        elif image.mode == "L" and bits == 8 and signed:
+            pixels = pixels.view(np.int8)
+    return pixels.astype(np.float64)
 
 
 def _orientation(path: str | Path, image: Image.Image) -> int:

@@ -153,7 +153,7 @@ def test_who_sees_what_a_rehearsal_shows_is_told_from_who_does_not(skill, found,
     for number, mask in enumerate(masks):
         mask[number : number + 12, 8:20] = True
     ground = object.__new__(ablation_ground.OnRehearsal)
-    ground.normals = SimpleNamespace(images=normals)
+    ground.normals = SimpleNamespace(images=normals, patients=range(len(normals)), shapes=[(512, 512)] * len(normals))
     ground.cases = [rehearsal.Rehearsal("blob", what, normals + masks, masks) for what in ("one", "two")]
     shown = np.concatenate([np.zeros_like(masks), masks, masks])
     logits = (random.normal(0, 0.1, shown.shape) + skill * 8 * shown).astype(np.float16)

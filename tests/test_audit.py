@@ -44,8 +44,8 @@ def test_too_few_normals_for_an_audit_are_told_before_anything_is_trained(
     method, least, examined, monkeypatch, tmp_path
 ):
     flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined))
-    few = SimpleNamespace(images=np.zeros((least - 1, 8, 8), np.float32))
+    few = SimpleNamespace(images=np.zeros((least, 8, 8), np.float32), patients=[max(1, row) for row in range(least)])
     monkeypatch.setattr(audit, "read_normals", lambda *given: few)
     monkeypatch.setattr(audit, "reader_of", lambda *given: pytest.fail("trained before it was looked"))
-    with pytest.raises(UsageError, match=f"needs {least} validation normals.* there are {least - 1}"):
+    with pytest.raises(UsageError, match=f"needs validation normals of {least} patients.* they are of {least - 1}"):
         run_benchmark(audit.main, monkeypatch, *flags, "--inference.method", method)

@@ -17,8 +17,9 @@ from image_ops import gaussian_blur
 from latent_dataset import LatentStandard
 from model import pretrained_vae
 from normalizer import Normalizer
+from radiographs.geometry import content
 from standardization import NormalViews, features, pixel_statistics
-from thresholds import false_positive_interval
+from thresholds import false_positive_interval, threshold_from_normals
 
 VIEWS, HEIGHT, WIDTH = 2, 32, 64
 SETTINGS = CalibrationConfig(blurs=(1 / 32, 2 / 32), alignment=3 / 32)  # 1, 2 and 3 pixels
@@ -74,6 +75,37 @@ def test_each_normal_is_left_out_of_its_own_statistics():
     )
     torch.testing.assert_close(without.mean, others.mean)
     torch.testing.assert_close(without.std, others.std, rtol=1e-3, atol=1e-5)
+
+
+def test_a_normal_is_left_out_with_all_of_its_patient():
+    """Others of the same jaw know it: beside them it would look more usual than a new patient does."""
+    views, patients = views_of_normals(40), [row // 4 for row in range(40)]
+    known = NormalViews(views, SETTINGS, SETTINGS.blurs, patients)
+    without, others = known.statistics_without(6), [row for row in range(40) if patients[row] != patients[6]]
+    expected = NormalViews(views[others], SETTINGS, SETTINGS.blurs).statistics()
+    torch.testing.assert_close(without.mean, expected.mean)
+    torch.testing.assert_close(without.std, expected.std, rtol=1e-3, atol=1e-5)
+
+
+def test_several_images_of_few_patients_flag_no_more_new_patients_than_is_said():
+    """Ten patients with four visits each, whose maps are the patient's own but for a little."""
+    rng = np.random.default_rng(0)
+
+    def maps_of(patients, visits):
+        own = rng.normal(size=(patients, 1, 1, 8, 8))
+        visited = own + 0.3 * rng.normal(size=(patients, visits, 1, 8, 8))
+        return torch.from_numpy(visited.reshape(-1, 1, 8, 8)).float()
+
+    alone, flagged, naive = dataclasses.replace(SETTINGS, alignment=0.0, smallest_spread=0.3), [], []
+    for _ in range(20):
+        normals, new = maps_of(10, 4), maps_of(200, 1)
+        for found, patients in ((flagged, [row // 4 for row in range(40)]), (naive, None)):
+            known = NormalViews(normals, alone, patients=patients)
+            scores = np.array([float(known.left_out(row).amax()) for row in range(40)])
+            said = known.statistics().standardize(new).amax((1, 2, 3)).numpy()
+            found.append((said > threshold_from_normals(scores, 0.05)).mean())
+    low, high = false_positive_interval(10, 0.05)
+    assert low < np.mean(flagged) < high < np.mean(naive)
 
 
 def test_the_spread_of_thousands_of_calm_values_far_from_zero_is_not_lost_in_rounding():
@@ -229,6 +261,40 @@ def test_the_plain_calibration_is_read_off_the_plain_maps():
     x = torch.from_numpy(images()).unsqueeze(1)
     components = [abs(x - model(x)).mean().item(), abs(x - model.decode(model.encode(x))).mean().item()]
     assert [known.identity_error, known.vae_error] == pytest.approx(components, rel=1e-5)
+
+
+def padded(config, shape):
+    """The config where radiographs are padded, and the rows and columns that show a file of this shape."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, fit="pad", height=64, width=64))
+    return config, content(shape, 64, 64, "pad")
+
+
+def test_what_pad_added_says_nothing_of_normals(monkeypatch):
+    """Thresholds, colours and errors are of radiographs, whatever lies beside them."""
+    config, (rows, columns) = padded(config_with("plain"), (100, 300))
+    model, shapes = tiny_normalizer(config.inference), [(100, 300)] * 8
+    maps = torch.rand(8, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    beside = maps.clone()
+    beside[..., rows, columns] = -1e6
+    drawn = [iter((maps + 1e6 * (beside >= 0)).split(1)), iter(maps.split(1))]
+    known = []
+    for one in drawn:
+        monkeypatch.setattr("survey.plain_map", lambda *given, one=one: torch.cat([next(one) for _ in given[0]]))
+        known.append(calibrate(model, images(8), config, shapes=shapes))
+    assert known[0].pixel_threshold == known[1].pixel_threshold < 1 and known[0].scale == known[1].scale
+    inside = maps[..., rows, columns].numpy()
+    assert known[0].pixel_threshold == threshold_from_normals(inside, config.inference.pixel_fpr)
+    x = torch.from_numpy(images(8)).unsqueeze(1)
+    error = abs(x - model(x))[..., rows, columns].mean().item()
+    assert known[0].identity_error == pytest.approx(error, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "coarser"), [((30, 60), True), ((32, 64), False), ((64, 32), False), ((63, 20), True)]
+)
+def test_of_a_padded_file_no_more_is_wanted_than_its_own_place_shows(made, shape, coarser):
+    config, _ = padded(made[0], shape)
+    assert dataclasses.replace(made[2], file_sizes=[[300, 400], [900, 900]]).coarser(shape, config) == coarser
 
 
 def test_another_setting_or_checkpoint_is_another_calibration(made):

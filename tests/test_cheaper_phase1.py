@@ -1,5 +1,6 @@
 """Phase 1 for less: squares instead of whole images, and an end where nothing is gained any more."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 import train_vae
 from checks import UsageError
-from config import Config, VAEConfig
+from config import Config, DataConfig, VAEConfig
 from files import load_checkpoint
+from model import ssim
+from radiographs.geometry import content
 from run_log import read_log
 from train_vae import random_crops
 
@@ -140,3 +143,18 @@ def test_a_run_that_ended_has_ended_and_goes_on_with_more_patience(scripted, cal
 def test_without_patience_all_steps_are_taken(scripted, call, tmp_path):
     assert call("train_vae", *EACH).code == 0
     assert kept(tmp_path)["step"] == 6
+
+
+@pytest.mark.parametrize("shape", [(100, 300), (300, 100)])
+def test_the_quality_of_a_padded_copy_is_that_of_the_radiograph(shape):
+    """A black border is copied without a fault, and would lift a poor copy by decibels."""
+    config = Config(data=DataConfig(fit="pad", height=64, width=64))
+    rows, columns = content(shape, 64, 64, "pad")
+    x, copy = torch.full((2, 1, 64, 64), -1.0), torch.full((2, 1, 64, 64), -1.0)
+    x[..., rows, columns] = torch.rand(2, 1, *x[0, 0, rows, columns].shape)
+    copy[..., rows, columns] = x[..., rows, columns] + 0.1
+    found = train_vae.quality_of(x, copy, [shape, shape], config)
+    assert float(found["psnr"]) == pytest.approx(20 * math.log10(2 / 0.1), abs=1e-3)
+    assert float(found["ssim"]) < float(ssim(x, copy))
+    whole = train_vae.quality_of(x, copy, [shape, shape], Config())
+    assert float(whole["psnr"]) == pytest.approx(float(found["psnr"]) + 10 * math.log10(3), abs=0.1)

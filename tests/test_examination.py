@@ -152,7 +152,7 @@ def test_too_few_validation_normals_are_told_before_the_reader_is_trained(why, s
     Path(config.inference.calibration).mkdir(parents=True, exist_ok=True)
     (Path(config.inference.calibration) / "reader.json").write_text("{}")
     monkeypatch.setattr("examination.train_reader", lambda *given: pytest.fail("trained before it was looked"))
-    with pytest.raises(UsageError, match="method reader needs 3 and there are 2"):
+    with pytest.raises(UsageError, match="method reader needs those of 3 patients and there are 2"):
         calibration_of(model_that_trained_on(*patients), config)
 
 
@@ -196,7 +196,7 @@ def test_the_reader_learns_on_those_alone_who_trained_the_networks(study, capsys
     """A file that came to the folder later may be anybody's, with a lesion too."""
     records = split_records(list_records(study, "auto"), config_of(study).data)["train"]
     content = read_sample(records[0], config_of(study).data).digest
-    images, pictures, _ = read_normals(model_that_trained_on(contents=[content]), config_of(study), "train")
+    images, pictures, *_ = read_normals(model_that_trained_on(contents=[content]), config_of(study), "train")
     said = f"{len(records) - 1} of {len(records)} training normals did not train the networks"
     assert images.shape == (1, 256, 256) and said in capsys.readouterr().out
     with pytest.raises(UsageError, match="no radiograph that trained the networks"):

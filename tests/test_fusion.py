@@ -103,6 +103,12 @@ def test_each_normal_is_scored_in_units_of_the_others():
     assert left_out_scores(normal, (1.0, 0.5))[7] == pytest.approx(others.score(normal[7:8])[0])
 
 
+def test_a_score_is_in_units_of_other_patients():
+    normal, patients = readings(9, (0, 0), 0), ["A", "A", "B", "B", "B", "C", "C", "D", "D"]
+    others = ScoreFusion.of(normal[[0, 1, 5, 6, 7, 8]], (1.0, 0.5))
+    assert left_out_scores(normal, (1.0, 0.5), patients)[3] == pytest.approx(others.score(normal[3:4])[0])
+
+
 def test_thousands_of_normals_share_the_pixels_that_are_drawn_and_a_few_do_not():
     drawn = {}
     for normals in (40, 10_000):

@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from radiographs.geometry import fit_detail, fit_image, fit_mask, unfit_map
+from radiographs.geometry import content, fit_detail, fit_image, fit_mask, unfit_map
 
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])
@@ -49,6 +49,23 @@ def test_what_pad_adds_is_as_large_in_image_mask_and_map_and_nothing_lies_on_its
     assert set(np.unique(detail)) == {-1, 0}
     np.testing.assert_array_equal(fit_mask(np.ones(shape, bool), 64, 96, "pad", times), detail == 0)
     np.testing.assert_array_equal(unfit_map(detail, shape, "pad", times), np.zeros(shape, np.float32))
+
+
+@pytest.mark.parametrize("size", [100, 127, 200, 255])
+def test_a_mask_that_grows_stays_where_it_is(size):
+    """A picture is enlarged by the centres of its pixels, and so is its mask: mirrored, it is the mirror image."""
+    mask = np.random.default_rng(size).random((size, size)) < 0.1
+    here, there = (fit_mask(each, 256, 256, "stretch") for each in (mask, mask[::-1, ::-1]))
+    np.testing.assert_array_equal(there, here[::-1, ::-1])
+
+
+@pytest.mark.parametrize("shape", [(100, 300), (300, 100), (64, 64)])
+def test_content_is_what_pad_did_not_add(shape):
+    fitted = fit_image(np.ones(shape, np.float32), 64, 64, "pad")
+    expected = np.full_like(fitted, -1)
+    expected[content(shape, 64, 64, "pad")] = 1
+    np.testing.assert_allclose(fitted, expected, atol=1e-6)
+    assert fitted[content(shape, 64, 64, "stretch")].size == fitted.size
 
 
 @pytest.mark.parametrize("fit", ["stretch", "pad"])

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,8 @@ from config import InferenceConfig
 from files import load_checkpoint, save_checkpoint, sha256
 from normalizer import Normalizer
 from phantoms import phantom
+from publishing import measure
+from radiographs.geometry import content
 from radiographs.manifest import list_records
 from radiographs.reading import ImageReadError, read_radiograph
 from reporting.lookup import LOOKUP
@@ -490,3 +493,21 @@ def test_a_flow_checkpoint_without_what_phase_3_writes_is_refused(field, examine
     torch.save({name: value for name, value in content.items() if value != 7}, damaged)
     with pytest.raises(UsageError, match=r"flow.pt is damaged: run python train_flowdiff.py"):
         Normalizer.load(examined.out / "phase1_vae/checkpoint_best.pt", damaged)
+
+
+def test_metrics_are_of_radiographs_and_not_of_what_pad_added():
+    """A map that knows nothing finds nothing, however much black lies around it."""
+    random, config = np.random.default_rng(0), parse_command("", ["--data.fit", "pad"]).config
+    config = replace(config, inference=replace(config.inference, method="plain"))
+    rows, columns = content((100, 300), config.data.height, config.data.width, "pad")
+    maps = np.full((6, config.data.height, config.data.width), -1e6)
+    masks = np.zeros(maps.shape, bool)
+    maps[:, rows, columns] = random.normal(size=maps[:, rows, columns].shape)
+    masks[3:, rows.start + 10 : rows.start + 20, 40:60] = True
+    labels = [0, 0, 0, 1, 1, 1]
+    records = [SimpleNamespace(label=label, kind="cyst" * label, patient=str(i)) for i, label in enumerate(labels)]
+    entries = [{"index": i, "row": [], "score": float(i), "shape": [100, 300]} for i in range(6)]
+    kept = SimpleNamespace(entries=entries, kept=lambda i: (maps[i], masks[i] if labels[i] else None))
+    known = SimpleNamespace(pixel_threshold=3.0, validation_normals=dict)
+    found = measure(records, kept, known, config)["kinds"]["cyst"]
+    assert found["aupro"] == pytest.approx(0.15, abs=0.03)  # a diagonal up to 30 %

@@ -354,6 +354,16 @@ def test_the_splits_of_a_manifest_are_kept_but_only_normals_train():
         assert split_records(records, CONFIG) == {"train": records[:1], "val": records[2:3], "test": records[3:]}
 
 
+def test_who_is_taken_for_normal_without_a_label_is_told_where_others_have_one(recwarn):
+    known = [record(0, label=0, split="train"), record(1, label=1, split="test"), record(2, label=0, split="val")]
+    split_records(known, CONFIG)
+    split_records([record(i) for i in range(9)], CONFIG)  # a folder of normals
+    assert not recwarn.list
+    unknown = [record(3, split="train"), record(4, split="train"), record(5, split="test")]
+    with pytest.warns(UserWarning, match="without a label are taken for normal .*: 2 of 3 in train$"):
+        split_records([*known, *unknown], CONFIG)
+
+
 def test_a_manifest_without_val_draws_one_from_train():
     records = [record(i, split="train" if i < 20 else "test") for i in range(30)]
     splits = split_records(records, CONFIG)

@@ -186,6 +186,14 @@ def test_bits_above_bits_stored_are_ignored(tmp_path, syntax):
     np.testing.assert_array_equal(read_radiograph(path).pixels, values)
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", [ExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless])
+def test_values_in_the_upper_bits_of_their_words_are_read_from_there(tmp_path, syntax, signed):
+    values = noise(12, signed)
+    path = write_dicom(tmp_path / "a.dcm", values << 4, syntax, bits=12, HighBit=15)
+    np.testing.assert_array_equal(read_radiograph(path).pixels, values)
+
+
 def test_bits_above_bits_stored_are_ignored_in_signed_values(tmp_path):
     values = noise(12, signed=True)
     path = write_dicom(tmp_path / "a.dcm", values & np.int16(0x0FFF), bits=12)
@@ -219,6 +227,18 @@ def test_a_padding_range_is_masked_to_its_limit(tmp_path):
     pixels, padding = noise(12), {"PixelPaddingValue": 100, "PixelPaddingRangeLimit": 500}
     radiograph = read_radiograph(write_dicom(tmp_path / "a.dcm", pixels, bits=12, **padding))
     np.testing.assert_array_equal(radiograph.valid, (pixels < 100) | (pixels > 500))
+
+
+@pytest.mark.parametrize(("vr", "value"), [("US", 65535), ("SS", -1), ("US", 32768)])
+def test_padding_that_no_pixel_can_hold_is_no_metal_and_no_air(tmp_path, vr, value):
+    pixels = noise(12)
+    pixels[0], pixels[1], pixels[2] = 4095, 0, value % 2**16  # metal, air, and a filled line of whole words
+    path = write_dicom(tmp_path / "a.dcm", pixels, bits=12)
+    dataset = pydicom.dcmread(path)
+    dataset.add_new("PixelPaddingValue", vr, value)
+    dataset.save_as(path)
+    valid = read_radiograph(path).valid
+    assert valid[:2].all() and not valid[2].any() and valid[3:].all()
 
 
 def test_signed_padding_is_masked_though_it_was_written_unsigned(tmp_path):
@@ -304,11 +324,14 @@ def test_16_bit_colour_keeps_all_its_bits_and_ignores_alpha(tmp_path, suffix, ch
         (">", "f4", "minisblack"),
         ("<", "u2", "miniswhite"),
         (">", "f4", "miniswhite"),
+        ("<", "u4", "minisblack"),
+        ("<", "i4", "minisblack"),
+        ("<", "i1", "minisblack"),
     ],  # fmt: skip
 )
 def test_tiff_reads_bright_as_dense(tmp_path, byteorder, dtype, photometric):
     tifffile = pytest.importorskip("tifffile")
-    pixels = noise(15).astype(dtype)
+    pixels = noise(15).astype(dtype) * np.array(2**17 if dtype == "u4" else 1, dtype)  # beyond what has a sign
     tifffile.imwrite(tmp_path / "a.tif", pixels, byteorder=byteorder, photometric=photometric)
     expected = pixels.max() - pixels if photometric == "miniswhite" else pixels
     np.testing.assert_array_equal(read_radiograph(tmp_path / "a.tif").pixels, expected)

@@ -68,7 +68,7 @@ def test_who_sees_what_was_put_there_is_told_from_who_does_not(skill, auroc, lar
         return torch.from_numpy(own + signal).half()
 
     monkeypatch.setattr(rehearsal, "verdicts", verdicts)
-    rows = rehearsal.rehearse(None, None, normals, Config())
+    rows = rehearsal.rehearse(None, None, normals, Config(), range(len(normals)))
     means = {row[0]: row for row in rows if row[1] == "mean"}
     assert float(means["blob"][3]) == pytest.approx(auroc, abs=0.2)
     assert (float(means["blob"][4]) > 0.9) == (skill == 1)
@@ -107,8 +107,8 @@ def test_the_tuned_backbone_is_rehearsed_alone(large, examined, monkeypatch, tmp
 
 def test_too_few_normals_are_told_before_anything_is_trained(examined, monkeypatch, tmp_path):
     flags = flags_of(tmp_path, examined.phantoms, *sources("inference", examined))
-    few = SimpleNamespace(images=np.zeros((2, 8, 8), np.float32))
+    few = SimpleNamespace(images=np.zeros((3, 8, 8), np.float32), patients=["A", "A", "B"])
     monkeypatch.setattr(rehearsal, "read_normals", lambda *given: few)
     monkeypatch.setattr(rehearsal, "reader_of", lambda *given: pytest.fail("trained before it was looked"))
-    with pytest.raises(UsageError, match="too few validation normals: inference.method reader needs 3 and there are 2"):
+    with pytest.raises(UsageError, match="inference.method reader needs those of 3 patients and there are 2"):
         run_benchmark(rehearsal.main, monkeypatch, *flags)

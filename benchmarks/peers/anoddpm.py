@@ -4,7 +4,8 @@ Its noise is coarse and fine at once: six octaves of gradient noise, each finer 
 in the paper its simplex form), at unit variance. A UNet learns the noise of a linear schedule of 1,000 steps; an image
 is taken to step 250 and back, and the map is the squared difference. On a GPU 128 channels and every step of the way
 back; on a CPU fewer of both. The walk is that of Song et al. (2021) with eta 1, which may leave steps out, and the UNet
-has no attention. The score is the mean of the highest values of the map.
+has no attention. What lies under the noise is not clipped to [-1, 1] on the way, and gradients are clipped at norm 1.
+The score is the mean of the highest values of the map.
 """
 
 import copy

@@ -2,8 +2,10 @@
 
 Gaussian noise of 0.2 of the grey range, drawn on a coarse grid and enlarged, is added; a UNet with skip connections
 learns to give back the clean image under a squared error (Adam with amsgrad). It examines radiographs as they are; the
-map is the absolute difference under a median filter of 5 pixels. On a GPU as published: 64 channels, 16 images a step,
-67,200 steps at 1e-4. Its mask of the head has no counterpart here: a panoramic fills its frame.
+map is the absolute difference under a median filter of 5 pixels. On a GPU 64 channels, 16 images a step and 67,200
+steps at 1e-4, as published; the rate falls once, where the authors' rises and falls, gradients are clipped at norm 1,
+and the UNet is that of training.py, without their weight normalization, average pooling and reflected borders. Its mask
+of the head has no counterpart here: a panoramic fills its frame.
 """
 
 import numpy as np

@@ -4,8 +4,10 @@ Where Perlin noise lies above a half, half of the images get a foreign texture l
 UNet, which has no skip connections, learns to give back the clean image (squared error and SSIM), the second to say
 from both images which pixels were foreign (focal loss). The score is the maximum of the map under a mean filter of 21
 pixels, as published. The texture data set of the paper is photographs of surfaces; here textures are other normals,
-upside down, inverted and shifted, nothing else; images lie in [-1, 1], and the learning rate falls as a cosine. On a
-GPU otherwise as published: 128 and 64 channels, 8 images a step, 700 epochs of 200 images at 1e-4.
+upside down, inverted and shifted, nothing else; images lie in [-1, 1], the learning rate falls as a cosine, gradients
+are clipped at norm 1, and neither images nor noise are rotated. Both networks halve the image four times; the
+published repairer ends at half the channels, the finder goes one deeper with no more of them, both enlarge bilinearly.
+On a GPU the rest is as published: 128 and 64 channels, 8 images a step, 700 epochs of 200 images at 1e-4.
 """
 
 import numpy as np
