@@ -69,7 +69,7 @@ def test_corruptions_are_darker_as_often_as_brighter():
     assert abs(np.mean(signs)) < 0.3
 
 
-@pytest.mark.parametrize("shape", set(SHAPES), ids=lambda shape: shape.__name__)
+@pytest.mark.parametrize("shape", dict.fromkeys(SHAPES), ids=lambda shape: shape.__name__)
 def test_an_opacity_lies_in_zero_to_one_and_ends_within_the_box_it_is_drawn_in(shape):
     rows, columns = np.mgrid[-40:41, -40:41].astype(np.float32)
     for seed in range(200):
