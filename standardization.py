@@ -67,6 +67,7 @@ class NormalViews:
         self.patients = list(range(len(views)) if patients is None else patients)
         for row, patient in enumerate(self.patients):
             self.rows_of.setdefault(patient, []).append(row)
+        self.known: tuple[Hashable, PixelStatistics] | None = None  # without the patient who was asked for last
         self.total, self.squares = 0, 0
         for index in range(len(views)):
             own = self.features(index).double()  # thousands of squares, of which a small difference is taken
@@ -83,11 +84,15 @@ class NormalViews:
 
     def statistics_without(self, index: int) -> PixelStatistics:
         """Of all normals but one, and those of the same patient."""
-        total, squares, rows = self.total, self.squares, self.rows_of[self.patients[index]]
-        for row in rows:
-            own = self.features(row).double()
-            total, squares = total - own, squares - own.square()
-        return pixel_statistics(total, squares, len(self.views) - len(rows), self.settings)
+        patient = self.patients[index]
+        if self.known is None or self.known[0] != patient:  # images of a patient mostly follow one another
+            total, squares, rows = self.total, self.squares, self.rows_of[patient]
+            for row in rows:
+                own = self.features(row).double()
+                total, squares = total - own, squares - own.square()
+            count = len(self.views) - len(rows)
+            self.known = patient, pixel_statistics(total, squares, count, self.settings)
+        return self.known[1]
 
     def left_out(self, index: int) -> Tensor:
         """The deviations (1, F, H, W) of a normal under the statistics of other patients."""

@@ -83,6 +83,7 @@ def test_a_normal_is_left_out_with_all_of_its_patient():
     known = NormalViews(views, SETTINGS, SETTINGS.blurs, patients)
     without, others = known.statistics_without(6), [row for row in range(40) if patients[row] != patients[6]]
     expected = NormalViews(views[others], SETTINGS, SETTINGS.blurs).statistics()
+    assert known.statistics_without(5) is without and known.statistics_without(8) is not without
     torch.testing.assert_close(without.mean, expected.mean)
     torch.testing.assert_close(without.std, expected.std, rtol=1e-3, atol=1e-5)
 
