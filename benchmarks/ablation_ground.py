@@ -213,7 +213,9 @@ class OnTest(Ground):
         for record, shape, one in zip(self.records, self.test[1], said[normals:], strict=True):
             final = final_map(known, one, config)
             score = float(image_score(final, config.reader.top_share))
-            verdicts.add(record, score, unfit_map(final[0, 0].numpy(), shape, config.data.fit))
+            verdicts.add(
+                record, score, unfit_map(final[0, 0].numpy(), shape, config.data.fit, config.reader.magnification)
+            )
         return judge(verdicts)
 
 
@@ -235,7 +237,7 @@ class OnRehearsal(Ground):
         return np.concatenate([self.normals.images, *(case.images for case in self.cases)])
 
     def judged(self, logits: np.ndarray, config: Config) -> dict:
-        """Each standardized by what is said of the other validation normals, its own left out."""
+        """Each standardized by what is said of the other validation patients, its own left out."""
         count = len(self.normals.images)
         maps = left_out_maps(torch.from_numpy(logits[:, None]), self.normals.patients, config)
         return summarize(
@@ -245,7 +247,7 @@ class OnRehearsal(Ground):
             [one[0, 0].numpy() for one in maps],
             [*[None] * count, *(mask for case in self.cases for mask in case.masks)],
             threshold_from_normals(self.pixels_of(maps[:count], config), PIXEL_FPR),
-            [str(row % count) for row in range(len(maps))],
+            [self.normals.patients[row % count] for row in range(len(maps))],
         )
 
 

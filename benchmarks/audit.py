@@ -50,8 +50,8 @@ def main() -> None:
     usual = [row for row, patient in enumerate(normals.patients) if patient in heard]
     whose, shapes = ([each[row] for row in usual] for each in (normals.patients, normals.shapes))
     calibration = calibrate(model, normals.images[usual], config, reader, whose, shapes)
-    images = normals.images[[row for row, patient in enumerate(normals.patients) if patient in rest]]
-    found = np.zeros((len(RADII), len(images[:NORMALS]), 3))
+    images = normals.images[[row for row, patient in enumerate(normals.patients) if patient in rest][:NORMALS]]
+    found = np.zeros((len(RADII), len(images), 3))
     for number in tqdm(range(found.shape[1]), desc="audit", unit="image"):
         found[:, number] = audit_one(images[number], number, model, calibration, config)
     rows = [

@@ -59,7 +59,7 @@ def unfit_map(anomaly_map: np.ndarray, original_shape: tuple[int, int], fit: str
 def content(original_shape: tuple[int, int], height: int, width: int, fit: str, times: int = 1) -> tuple[slice, slice]:
     """Which rows and columns of an image or a map of (times height, times width) show the radiograph.
 
-    The others are what "pad" added: they say nothing of it, and belong in no rate and in no mean.
+    The others are what "pad" added: they say nothing of it, and a rate or a mean that hears them is flattered.
     """
     top, left, rows, columns = _content_box(original_shape, height, width, fit, times)
     return slice(top, top + rows), slice(left, left + columns)

@@ -98,6 +98,7 @@ def summary(found: Findings) -> dict:
         "flagged": sum(row[4] for row in rows),
         "threshold": found.threshold,
         "validation_normals": len(found.shaping["calibration"]["scores"]),
+        "validation_patients": found.shaping["calibration"].get("patients"),
         "rate": rate,
         "interval": found.false_positives,
         "expected": found.expected_rate * len(rows),

@@ -158,3 +158,10 @@ def test_the_quality_of_a_padded_copy_is_that_of_the_radiograph(shape):
     assert float(found["ssim"]) < float(ssim(x, copy))
     whole = train_vae.quality_of(x, copy, [shape, shape], Config())
     assert float(whole["psnr"]) == pytest.approx(float(found["psnr"]) + 10 * math.log10(3), abs=0.1)
+
+
+def test_a_line_of_pixels_ends_no_training():
+    config = Config(data=DataConfig(fit="pad", height=64, width=64))
+    x = torch.rand(1, 1, 64, 64)
+    found = train_vae.quality_of(x, x + 0.1, [(10, 300)], config)  # two rows
+    assert math.isfinite(float(found["psnr"])) and 0 < float(found["ssim"]) < 1
