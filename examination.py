@@ -244,7 +244,7 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
                 else:
                     images[len(digests)] = sample.image
                     patients.append(records[index].patient)
-                    shapes.append(tuple(sample.original_shape))
+                    shapes.append(sample.original_shape)
                     digests.append(sample.digest)
     name = "skipped_training_local_only.csv" if training else "skipped_local_only.csv"
     report = Path(config.inference.calibration) / name

@@ -103,14 +103,7 @@ class ScoreFusion:
         return (readings - np.array(self.centre)) / np.array(self.scale) @ np.array(self.weights)
 
 
-def left_out_scores(
-    normal: np.ndarray, weights: tuple[float, ...], patients: Sequence[Hashable] | None = None
-) -> np.ndarray:
-    """The score (N,) of each normal in units of other patients' normals, as a new patient's would score.
-
-    Of three patients at least; without `patients` each normal is somebody else's.
-    """
-    rows = range(len(normal))
-    _, whose = np.unique([str(patient) for patient in rows] if patients is None else patients, return_inverse=True)
-    others = (ScoreFusion.of(normal[whose != whose[row]], weights) for row in rows)
-    return np.array([known.score(normal[row : row + 1])[0] for row, known in zip(rows, others, strict=True)])
+def left_out_scores(normal: np.ndarray, weights: tuple[float, ...], patients: Sequence[Hashable]) -> np.ndarray:
+    """The score (N,) of each normal in units of those of other patients, three at least: as a new one's would be."""
+    rows, whose = range(len(normal)), np.asarray(patients)
+    return np.array([ScoreFusion.of(normal[whose != whose[i]], weights).score(normal[i : i + 1])[0] for i in rows])

@@ -75,7 +75,7 @@ def findings(
     rate = config.inference.image_fpr
     normals = calibration.independent
     expected = expected_false_positive_rate(normals, rate), false_positive_interval(normals, rate)
-    return Findings(entries, shaping, calibration.score_threshold(rate), *expected, metrics)
+    return Findings(entries, shaping, calibration.score_threshold(rate), *expected, metrics, calibration.normals_told)
 
 
 def measure(records: list[Record], unfinished: Unfinished, calibration: Calibration, config: Config) -> dict | None:

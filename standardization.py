@@ -63,10 +63,7 @@ class NormalViews:
     ):
         self.views = views.half()  # the one thing here whose size grows with N: it may lie on disk
         self.settings, self.blurs = settings, blurs
-        self.rows_of: dict[Hashable, list[int]] = {}
         self.patients = list(range(len(views)) if patients is None else patients)
-        for row, patient in enumerate(self.patients):
-            self.rows_of.setdefault(patient, []).append(row)
         self.known: tuple[Hashable, PixelStatistics] | None = None  # without the patient who was asked for last
         self.total, self.squares = 0, 0
         for index in range(len(views)):
@@ -86,7 +83,8 @@ class NormalViews:
         """Of all normals but one, and those of the same patient."""
         patient = self.patients[index]
         if self.known is None or self.known[0] != patient:  # images of a patient mostly follow one another
-            total, squares, rows = self.total, self.squares, self.rows_of[patient]
+            rows = [row for row, whose in enumerate(self.patients) if whose == patient]
+            total, squares = self.total, self.squares
             for row in rows:
                 own = self.features(row).double()
                 total, squares = total - own, squares - own.square()

@@ -18,6 +18,7 @@ from scratch import nameless_array
 from typical import summary_of
 
 CALM = 0.016  # blur of a map beside the reader's, a share of the height: about as wide as metal, chosen with its weight
+Content = tuple[slice, slice]  # the rows and columns that show a radiograph, and not what "pad" added
 COLOUR_QUANTILE = 0.999  # of normal pixels; a colour bar ends at twice that: normals stay dark, a lesion has room above
 
 
@@ -35,15 +36,12 @@ class Survey:
     latents: np.ndarray  # their summaries (N, 2C)
 
 
-Content = tuple[slice, slice]  # the rows and columns that show a radiograph, and not what "pad" added
-
-
 def contents_of(shapes: list[tuple[int, int]] | None, count: int, config: Config, times: int = 1) -> list[Content]:
     """Of files of these shapes what is theirs in an image, `times` enlarged; all of it where nobody knows the files."""
     if shapes is None:
         return [(slice(None), slice(None))] * count
     data = config.data
-    return [content(tuple(shape), data.height, data.width, data.fit, times) for shape in shapes]
+    return [content(shape, data.height, data.width, data.fit, times) for shape in shapes]
 
 
 def look_at(

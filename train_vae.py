@@ -272,17 +272,13 @@ def posterior_noise(
 
 def quality_of(x: Tensor, copy: Tensor, shapes: Iterable[tuple[int, int]], config: Config) -> dict[str, Tensor]:
     """Mean PSNR and SSIM of images of files of these shapes; what "pad" added is no part of them, and easily copied."""
-    data = config.data
-    if data.fit == "stretch":
-        return {"psnr": psnr(x, copy).mean(), "ssim": ssim(x, copy)}
-    found = []
-    for one, other, shape in zip(x.split(1), copy.split(1), shapes, strict=True):
+    data, psnrs, ssims = config.data, [], []
+    for *pair, shape in zip(x.split(1), copy.split(1), shapes, strict=True):
         rows, columns = content(tuple(map(int, shape)), data.height, data.width, data.fit)
-        one, other = one[..., rows, columns], other[..., rows, columns]
-        wide = min(one.shape[2:]) > SSIM_REACH  # a line of pixels has no structure: of the frame then
-        found.append((psnr(one, other)[0], ssim(one, other) if wide else ssim(x, copy)))
-    everyone = zip(("psnr", "ssim"), zip(*found, strict=True), strict=True)
-    return {name: torch.stack(values).mean() for name, values in everyone}
+        own = [image[..., rows, columns] for image in pair]
+        psnrs.append(psnr(*own))
+        ssims.append(ssim(*(own if min(own[0].shape[2:]) > SSIM_REACH else pair)))  # a line of pixels has no structure
+    return {"psnr": torch.cat(psnrs).mean(), "ssim": torch.stack(ssims).mean()}
 
 
 @torch.no_grad()

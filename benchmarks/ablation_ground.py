@@ -109,10 +109,11 @@ class Ground:
         refuse_too_few(len(set(normals.patients)), "reader")
         return normals
 
-    def pixels_of(self, maps: list[Tensor], config: Config) -> np.ndarray:
-        """Of maps (1, 1, k H, k W) of the normals what shows them, and not what "pad" added."""
-        contents = contents_of(self.normals.shapes, len(maps), config, config.reader.magnification)
-        return np.concatenate([one[0, 0][where].numpy().ravel() for one, where in zip(maps, contents, strict=True)])
+    def shown(self, images: list[np.ndarray], config: Config) -> list[np.ndarray]:
+        """Of images (k H, k W) of the normals, once or again and again, what shows them, and not what "pad" added."""
+        shapes = self.normals.shapes
+        contents = contents_of(shapes, len(shapes), config, config.reader.magnification)
+        return [one[contents[row % len(contents)]] for row, one in enumerate(images)]
 
     @cached_property
     def channels(self) -> list[list[Channel]]:
@@ -208,7 +209,8 @@ class OnTest(Ground):
         """Standardized by what is said of the validation normals."""
         normals, said = len(self.normals.images), torch.from_numpy(logits[:, None])
         usual = left_out_maps(said[:normals], self.normals.patients, config)
-        verdicts = Verdicts(pixel_threshold=threshold_from_normals(self.pixels_of(usual, config), PIXEL_FPR))
+        usual = self.shown([one[0, 0].numpy() for one in usual], config)
+        verdicts = Verdicts(pixel_threshold=threshold_of(usual))
         known = views_of_verdicts(said[:normals], config).statistics()
         for record, shape, one in zip(self.records, self.test[1], said[normals:], strict=True):
             final = final_map(known, one, config)
@@ -240,15 +242,22 @@ class OnRehearsal(Ground):
         """Each standardized by what is said of the other validation patients, its own left out."""
         count = len(self.normals.images)
         maps = left_out_maps(torch.from_numpy(logits[:, None]), self.normals.patients, config)
+        shown = self.shown([one[0, 0].numpy() for one in maps], config)
+        masks = self.shown([mask for case in self.cases for mask in case.masks], config)
         return summarize(
             [float(image_score(one, config.reader.top_share)) for one in maps],
             np.repeat([0, 1], [count, len(maps) - count]),
             np.repeat(["normal", *(f"{case.family} {case.what}" for case in self.cases)], count),
-            [one[0, 0].numpy() for one in maps],
-            [*[None] * count, *(mask for case in self.cases for mask in case.masks)],
-            threshold_from_normals(self.pixels_of(maps[:count], config), PIXEL_FPR),
+            shown,
+            [*[None] * count, *masks],
+            threshold_of(shown[:count]),
             [self.normals.patients[row % count] for row in range(len(maps))],
         )
+
+
+def threshold_of(maps: list[np.ndarray]) -> float:
+    """What so few pixels of the normals' maps exceed."""
+    return threshold_from_normals(np.concatenate([one.ravel() for one in maps]), PIXEL_FPR)
 
 
 GROUNDS = {"test": OnTest, "rehearsal": OnRehearsal}

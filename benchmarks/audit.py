@@ -46,11 +46,11 @@ def main() -> None:
             f"thresholds, and they are of {len(everyone)}: add some to the split val"
         )
     reader = reader_of(model, config) if method == "reader" else None
-    heard, rest = set(everyone[::2]), set(everyone[1::2])
+    heard = set(everyone[::2])
     usual = [row for row, patient in enumerate(normals.patients) if patient in heard]
     whose, shapes = ([each[row] for row in usual] for each in (normals.patients, normals.shapes))
     calibration = calibrate(model, normals.images[usual], config, reader, whose, shapes)
-    images = normals.images[[row for row, patient in enumerate(normals.patients) if patient in rest][:NORMALS]]
+    images = normals.images[[row for row, patient in enumerate(normals.patients) if patient not in heard][:NORMALS]]
     found = np.zeros((len(RADII), len(images), 3))
     for number in tqdm(range(found.shape[1]), desc="audit", unit="image"):
         found[:, number] = audit_one(images[number], number, model, calibration, config)

@@ -22,8 +22,8 @@ from latent_dataset import LatentDataset
 from runtime import start
 
 LATENTS = 512  # rows that phase 3 is timed on, but for the part scaling
-# images a step where works stand side by side, unless fewer are asked for: what keeps the device busy
 GRAPHS = ("cuda",)  # devices that are given many kernels in one launch
+# images a step where works stand side by side, unless fewer are asked for: what keeps the device busy
 FULL = {"cpu": {"phase 1": 4, "phase 3": 4, "phase 4": 4}, "cuda": {"phase 1": 16, "phase 3": 256, "phase 4": 16}}
 
 

@@ -134,11 +134,8 @@ def _decode(dataset: pydicom.Dataset, stream: bytes | None) -> np.ndarray:
     coding = dataset.file_meta.TransferSyntaxUID
     deep = coding == JPEGExtended12Bit and _bits_stored(dataset) > 8
     if stream is None or not (deep or coding in LOSSLESS_JPEG):
-        # of words as they are stored, the unused bits are ours to cut: they may be the lower ones
-        whole_words = (
-            {} if _by_codec(dataset) or dataset.get("SamplesPerPixel") == 3 else {"correct_unused_bits": False}
-        )
-        return pixel_array(dataset, index=0, decoding_plugin=DECODERS.get(coding, ""), **whole_words)
+        cut = _by_codec(dataset) or dataset.get("SamplesPerPixel") == 3  # else by us: unused bits may be the lower ones
+        return pixel_array(dataset, index=0, decoding_plugin=DECODERS.get(coding, ""), correct_unused_bits=cut)
     import imagecodecs  # here: it takes a while to load, and few files need it
 
     values = imagecodecs.jpeg8_decode(stream)
@@ -280,8 +277,8 @@ def _as_signed(values: np.ndarray, bits: int) -> np.ndarray:
 def _padding(dataset: pydicom.Dataset, stored: np.ndarray, words: np.ndarray) -> np.ndarray:
     """True where the scanner filled a canvas, PixelPaddingValue up to PixelPaddingRangeLimit -> bool (H, W).
 
-    A value that the bits of a pixel cannot hold, such as 65535 of 12 bits, is one of the words they stand in, if any:
-    cut to 12 bits it would be that of saturated metal.
+    Of unsigned pixels, a value that their bits cannot hold, such as 65535 of 12, is one of the words they stand in, if
+    any: cut to 12 bits it would be that of saturated metal.
     """
     if dataset.get("PixelPaddingValue") is None or stored.dtype.kind == "f":
         return np.zeros(stored.shape, bool)

@@ -38,6 +38,7 @@ class Findings:
     expected_rate: float  # of new normals above it, on average: thresholds.expected_false_positive_rate
     false_positives: tuple[float, float]  # where that rate lies, thresholds.false_positive_interval
     metrics: dict | None  # of metrics.summarize
+    normals_told: str  # how many say it: calibration.Calibration.normals_told
 
     @property
     def examined(self) -> list[dict]:
@@ -97,8 +98,7 @@ def summary(found: Findings) -> dict:
         "skipped": len(found.entries) - len(rows),
         "flagged": sum(row[4] for row in rows),
         "threshold": found.threshold,
-        "validation_normals": len(found.shaping["calibration"]["scores"]),
-        "validation_patients": found.shaping["calibration"].get("patients"),
+        "validation_normals": found.normals_told,
         "rate": rate,
         "interval": found.false_positives,
         "expected": found.expected_rate * len(rows),

@@ -100,7 +100,7 @@ def test_a_fused_score_is_a_weighted_sum_in_standard_deviations_of_normals():
 def test_each_normal_is_scored_in_units_of_the_others():
     normal = readings(20, (0, 0), 0)
     others = ScoreFusion.of(np.delete(normal, 7, axis=0), (1.0, 0.5))
-    assert left_out_scores(normal, (1.0, 0.5))[7] == pytest.approx(others.score(normal[7:8])[0])
+    assert left_out_scores(normal, (1.0, 0.5), range(20))[7] == pytest.approx(others.score(normal[7:8])[0])
 
 
 def test_a_score_is_in_units_of_other_patients():

@@ -59,7 +59,15 @@ def entry(index, score, label="", kind="", remarks="", name=None, shape=(64, 128
 
 
 def found_of(entries, metrics=None):
-    return Findings(entries, SHAPING, threshold=0.55, expected_rate=0.06, false_positives=(0.01, 0.2), metrics=metrics)
+    return Findings(
+        entries,
+        SHAPING,
+        threshold=0.55,
+        expected_rate=0.06,
+        false_positives=(0.01, 0.2),
+        metrics=metrics,
+        normals_told="40 validation normals of 10 patients",
+    )
 
 
 def text_of(page):
@@ -229,7 +237,7 @@ def test_names_kinds_and_remarks_are_text_and_no_markup(page):
     assert not [attributes for _, attributes in tags if any(name.startswith("on") for name in attributes)]
     data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL).group(1))
     assert [image["name"] for image in data["images"]][0] == NASTY and data["images"][0]["kind"] == MARKUP
-    assert MARKUP in words
+    assert MARKUP in words and "comes from 40 validation normals of 10 patients at" in words
 
 
 def test_the_page_lets_its_own_script_and_style_pass_and_asks_nobody(page):
