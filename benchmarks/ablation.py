@@ -42,7 +42,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablation_ground import GROUNDS, Channel, Ground, Kept, logits_of
-from detection import commit, file_name, hardware, names_in, read_part, table_of
+from detection import cell, commit, file_name, hardware, names_in, place, read_part, table_of
+from seeds import spread
 
 from checks import UsageError
 from command_line import parse_command
@@ -124,9 +125,8 @@ def main() -> None:
     remember("rows that are finished are kept, the same command goes on with the others")
     if options.rows:
         run_rows(options, flags)
-    tables = "\n\n".join(
-        f"**{way}**\n\n{table_of(options.results / file_name(way), tuple(ROWS))}" for way in (NETWORKS, BOTH)
-    )
+    ways = [f"**{way}**\n\n{table_of(options.results / file_name(way), tuple(ROWS))}" for way in (NETWORKS, BOTH)]
+    tables = "\n\n".join([side_by_side(options.results), *ways])
     print(tables)
     if options.results.is_dir():
         write_atomically(options.results / "table.md", lambda beside: beside.write_text(tables + "\n"))
@@ -185,6 +185,21 @@ def run_row(row: str, ground: Ground, asked: dict, options: argparse.Namespace) 
         write_json(path, part | judged)
         mean = judged["mean_over_kinds"]
         print(f"{name}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
+
+
+def side_by_side(results: Path) -> str:
+    """Means over the kinds of each row that is kept, both ways, as Markdown."""
+    ways = {
+        way: [read_part(path) for path in sorted((results / file_name(way)).glob("*.json"))] for way in (NETWORKS, BOTH)
+    }
+    means = {way: {part["row"]: part["mean_over_kinds"] for part in parts} for way, parts in ways.items()}
+    titles = ["row", *(title for way in ways for title in (way, "AUPRO"))]
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for row in sorted(means[NETWORKS] | means[BOTH], key=lambda row: place(row, tuple(ROWS))):
+        both = [means[way].get(row) for way in ways]
+        cells = [text for mean in both for text in ((cell([mean]), spread([mean["aupro"]], 2)) if mean else ("-", "-"))]
+        lines.append("| " + " | ".join([row, *cells]) + " |")
+    return "**means over the kinds, image AUROC / pixel AP**\n\n" + "\n".join(lines)
 
 
 def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
