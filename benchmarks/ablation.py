@@ -105,7 +105,7 @@ FILLS = {
     "without level and saturate": fewer_fills("level", "saturate"),
     "without texture and noise": fewer_fills("texture", "noise"),
     "without paste and graft": fewer_fills("paste", "graft"),
-    "without smear, warp and remove": fewer_fills("smear", "warp", "remove"),
+    "without smear and warp and remove": fewer_fills("smear", "warp", "remove"),
     "without rim": fewer_fills("rim"),
 }
 USUAL = ReaderConfig().levels

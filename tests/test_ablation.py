@@ -66,6 +66,11 @@ def test_what_is_left_out_is_what_the_name_says():
     assert np.array_equal(first, maps[0][:, [0, 2]]) and last is maps[2]
 
 
+@pytest.mark.parametrize("row", [*ablation.ROWS, *detection.OURS, *detection.PEERS])
+def test_a_row_can_be_chosen_by_its_name(row):
+    assert detection.names_in(row) == [row]
+
+
 def test_no_row_of_fills_learns_from_what_it_leaves_out():
     everything = set(ReaderConfig().fills)
     left_out = [everything - set(dict(row.settings)["fills"]) for row in ablation.FILLS.values()]
