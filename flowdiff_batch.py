@@ -1,6 +1,7 @@
 """One step of phase 3: latents with all their randomness, the same however many processes share it."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -69,12 +70,14 @@ def latent_batches(
 ) -> Iterable[Tensor]:
     """The latents z (B, C, h, w) of the steps after steps[0] up to steps[1].
 
-    From the memory of a GPU where all of them fit into flowdiff.device_gb, else read from the disk.
+    Where all of them fit into flowdiff.device_gb, from the memory of a GPU, or read in this process: others would take
+    more from a CPU than they save. Else data.num_workers processes read them ahead.
     """
-    settings, device = config.flowdiff, accelerator.device
-    if device.type not in RESIDENT or latents.raw.nbytes > settings.device_gb * 2**30:
-        return step_loader(latents, settings.batch_size, steps, config, accelerator)
-    return _resident_batches(latents, steps, config, accelerator)
+    settings, few = config.flowdiff, latents.raw.nbytes <= config.flowdiff.device_gb * 2**30
+    if few and accelerator.device.type in RESIDENT:
+        return _resident_batches(latents, steps, config, accelerator)
+    config = replace(config, data=replace(config.data, num_workers=0)) if few else config
+    return step_loader(latents, settings.batch_size, steps, config, accelerator)
 
 
 def _resident_batches(
