@@ -214,7 +214,7 @@ class FlowDiffTrainingConfig:
     lr_warmup_steps: int = 1_000  # linear warm-up, then cosine to a tenth of lr
     weight_decay: float = 0.01  # AdamW weight decay
     grad_clip: float = 1.0  # largest gradient norm
-    # latents up to this size stay in the GPU's memory, or a CPU reads them itself; beyond, data.num_workers read ahead
+    # latents up to this size stay in a GPU's memory, or a CPU reads them itself; else, as with 0, data.num_workers do
     device_gb: float = 8.0
     ema_decay: float = 0.9999  # EMA of the weights; about 1 / (1 - decay) steps are averaged
     validate_every: int = 2_000  # steps between validations

@@ -70,14 +70,15 @@ def latent_batches(
 ) -> Iterable[Tensor]:
     """The latents z (B, C, h, w) of the steps after steps[0] up to steps[1].
 
-    Where all of them fit into flowdiff.device_gb, from the memory of a GPU, or read in this process: others would take
-    more from a CPU than they save. Else data.num_workers processes read them ahead.
+    Where all of them fit into flowdiff.device_gb, from the memory of a GPU, or read by a CPU itself: processes for that
+    would take more from it than they save. Else data.num_workers processes read ahead.
     """
-    settings, few = config.flowdiff, latents.raw.nbytes <= config.flowdiff.device_gb * 2**30
-    if few and accelerator.device.type in RESIDENT:
+    few, kind = latents.raw.nbytes <= config.flowdiff.device_gb * 2**30, accelerator.device.type
+    if few and kind in RESIDENT:
         return _resident_batches(latents, steps, config, accelerator)
-    config = replace(config, data=replace(config.data, num_workers=0)) if few else config
-    return step_loader(latents, settings.batch_size, steps, config, accelerator)
+    if few and kind == "cpu":
+        config = replace(config, data=replace(config.data, num_workers=0))
+    return step_loader(latents, config.flowdiff.batch_size, steps, config, accelerator)
 
 
 def _resident_batches(

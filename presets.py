@@ -6,7 +6,7 @@ from checks import UsageError
 from config import Config
 
 SAME = object()  # as in the default
-# cpu: two cores, one to four hours for some hundred radiographs. gpu: a GPU, a quarter of an hour
+# cpu: two cores, 40 minutes to four hours for some hundred radiographs. gpu: a GPU, a quarter of an hour
 # for as many, at 512 px. demo: phantoms, minutes on two cores.
 # fmt: off
 TABLE = (

@@ -161,7 +161,7 @@ def log(number: int, every: int, meter: Meter, guard: StepGuard) -> None:
 
 
 def optimizer_of(weights: Iterable[Tensor], lr: float, weight_decay: float, fused: bool | None):
-    """The scripts' own, or the one with that kernel."""
+    """The scripts' own, which has one kernel, or the one with that or many."""
     if fused is None:
         return adamw(weights, lr, weight_decay)
     return torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=fused)

@@ -42,6 +42,11 @@ def test_a_cpu_has_one_kernel_and_looks_at_its_gradients():
     assert optimizer.defaults["fused"] and leaves_out(optimizer) is None
 
 
+def test_many_kernels_leave_no_step_out(fused):
+    optimizer = torch.optim.AdamW(nn.Linear(3, 2).parameters(), fused=False)
+    assert leaves_out(optimizer) is None  # on no device
+
+
 def test_one_kernel_steps_as_many_do(fused):
     one, many = nn.Linear(3, 2), nn.Linear(3, 2)
     many.load_state_dict(one.state_dict())
