@@ -102,7 +102,7 @@ def main() -> None:
     vae = laid_out(rebuild_vae(vae_checkpoint).to(device), device)
     network = laid_out(FlowDiffUNet(config.unet, vae.latent_channels).to(device), device)
     ema = EMA(network, settings.ema_decay)
-    optimizer = adamw(network.parameters(), settings.lr, settings.weight_decay)
+    optimizer = adamw(network.parameters(), settings.lr, settings.weight_decay, device)
     millions = sum(weight.numel() for weight in network.parameters()) / 1e6
     accelerator.print(f"{len(train)} training, {len(validation)} validation latents, UNet of {millions:.1f} M weights")
 

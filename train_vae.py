@@ -97,7 +97,7 @@ def main() -> None:
     fast_products(device)
     vae = laid_out(pretrained_vae(settings), device)
     trained = [weight for weight in vae.parameters() if weight.requires_grad]
-    optimizer = adamw(trained, settings.lr, settings.weight_decay)
+    optimizer = adamw(trained, settings.lr, settings.weight_decay, device)
     accelerator.print(f"training {_millions(trained)} of {_millions(vae.parameters())} M weights")
 
     held = hold(out, "training") if main_process else None

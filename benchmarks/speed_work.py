@@ -79,7 +79,7 @@ def phase1(config: Config, accelerator: Accelerator, change: Change | None = Non
     fast_products(device)
     vae = (change or (lambda network: laid_out(network, device)))(pretrained_vae(settings))
     trained = [weight for weight in vae.parameters() if weight.requires_grad]
-    optimizer = optimizer_of(trained, settings.lr, settings.weight_decay, fused)
+    optimizer = optimizer_of(trained, settings.lr, settings.weight_decay, device, fused)
     model, optimizer = accelerator.prepare(compiled(vae, config.runtime, device), optimizer)
     guard, meter, numbers = StepGuard("vae.lr", 20, optimizer=leaves_out(optimizer)), Meter(), count(1)
     work = Work(None, settings.batch_size, computes_in(accelerator))
@@ -118,7 +118,7 @@ def phase3(
     network = (change or (lambda network: laid_out(network, device)))(network)
     vae = laid_out(frozen(pretrained_vae(config.vae)).to(device), device) if identity else None
     ema = EMA(network, settings.ema_decay)
-    optimizer = optimizer_of(network.parameters(), settings.lr, settings.weight_decay, fused)
+    optimizer = optimizer_of(network.parameters(), settings.lr, settings.weight_decay, device, fused)
     model, optimizer = accelerator.prepare(compiled(network, config.runtime, device), optimizer)
     guard, meter, numbers = StepGuard("flowdiff.lr", 20, optimizer=leaves_out(optimizer)), Meter(), count(1)
     work = Work(None, settings.batch_size, computes_in(accelerator))
@@ -160,10 +160,10 @@ def log(number: int, every: int, meter: Meter, guard: StepGuard) -> None:
         _ = meter.flush(), guard.skipped
 
 
-def optimizer_of(weights: Iterable[Tensor], lr: float, weight_decay: float, fused: bool | None):
-    """The scripts' own, which has one kernel, or the one with that or many."""
+def optimizer_of(weights: Iterable[Tensor], lr: float, weight_decay: float, device: torch.device, fused: bool | None):
+    """The scripts' own, or the one with that kernel."""
     if fused is None:
-        return adamw(weights, lr, weight_decay)
+        return adamw(weights, lr, weight_decay, device)
     return torch.optim.AdamW(weights, lr=lr, weight_decay=weight_decay, fused=fused)
 
 

@@ -36,21 +36,17 @@ def stepped(network, optimizer, steps=3):
     return network.weight.detach().clone()
 
 
-def test_a_cpu_has_one_kernel_and_looks_at_its_gradients():
+def test_a_cpu_keeps_the_optimizer_it_had():
     network = nn.Linear(3, 2)
-    optimizer = adamw(network.parameters(), 0.01, 0.1)
-    assert optimizer.defaults["fused"] and leaves_out(optimizer) is None
-
-
-def test_many_kernels_leave_no_step_out(fused):
-    optimizer = torch.optim.AdamW(nn.Linear(3, 2).parameters(), fused=False)
-    assert leaves_out(optimizer) is None  # on no device
+    optimizer = adamw(network.parameters(), 0.01, 0.1, CPU)
+    known = torch.optim.AdamW(copy.deepcopy(network).parameters(), lr=0.01, weight_decay=0.1)
+    assert optimizer.defaults == known.defaults and leaves_out(optimizer) is None
 
 
 def test_one_kernel_steps_as_many_do(fused):
     one, many = nn.Linear(3, 2), nn.Linear(3, 2)
     many.load_state_dict(one.state_dict())
-    found = stepped(one, adamw(one.parameters(), 0.01, 0.1))
+    found = stepped(one, adamw(one.parameters(), 0.01, 0.1, CPU))
     expected = stepped(many, torch.optim.AdamW(many.parameters(), lr=0.01, weight_decay=0.1))
     torch.testing.assert_close(found, expected)
 
@@ -60,7 +56,7 @@ def test_an_optimizer_of_an_earlier_version_goes_on_and_can_leave_steps_out(fuse
     earlier = torch.optim.AdamW(network.parameters(), lr=0.01, weight_decay=0.1)
     stepped(network, earlier)
     other = copy.deepcopy(network)
-    optimizer = adamw(other.parameters(), 0.01, 0.1)
+    optimizer = adamw(other.parameters(), 0.01, 0.1, CPU)
     continue_optimizer(optimizer, copy.deepcopy(earlier.state_dict()))
     assert leaves_out(SimpleNamespace(optimizer=optimizer)) is optimizer
     torch.testing.assert_close(stepped(other, optimizer), stepped(network, earlier))
@@ -72,7 +68,7 @@ def test_what_an_optimizer_knew_is_laid_out_as_the_weights_are(fused):
     network(torch.randn(1, 3, 8, 8)).sum().backward()
     earlier.step()
     other = laid_out(copy.deepcopy(network), GPU)
-    optimizer = adamw(other.parameters(), 0.01, 0.1)
+    optimizer = adamw(other.parameters(), 0.01, 0.1, CPU)
     continue_optimizer(optimizer, copy.deepcopy(earlier.state_dict()))
     found, known = optimizer.state[other.weight]["exp_avg"], earlier.state[network.weight]["exp_avg"]
     assert torch.equal(found, known) and found.stride() == other.weight.stride() != known.stride()
@@ -80,7 +76,7 @@ def test_what_an_optimizer_knew_is_laid_out_as_the_weights_are(fused):
 
 def test_the_guard_of_a_gpu_hears_of_a_bad_step_when_it_is_asked(fused, capsys):
     network = nn.Linear(3, 2)
-    optimizer = adamw(network.parameters(), 0.01, 0.1)
+    optimizer = adamw(network.parameters(), 0.01, 0.1, CPU)
     guard = StepGuard("vae.lr", limit=3, skipped=5, optimizer=leaves_out(optimizer))
     before = stepped(network, optimizer, steps=1)
     network.weight.grad = torch.full((2, 3), torch.nan)
