@@ -241,7 +241,7 @@ def examine(
                 row.append("; ".join(told for name, told in REMARKS.items() if remarks[name]))
                 kept = f"maps/{index:03d}.npy" if settings.save_maps else ""
                 entry = {"index": index, "row": row, "score": score, **remarks, "figure": figure, "map": kept}
-                entry |= {"shape": list(sample.original_shape)}
+                entry["shape"] = list(sample.original_shape)
                 unfinished.entries.append(entry)
                 if record.label is not None:
                     writing.keep(unfinished.keep, index, anomaly_map, sample.mask)

@@ -52,6 +52,23 @@ def test_what_a_step_sees_follows_from_its_number_and_no_two_see_the_same():
     assert len({lessons[step][0].numpy().tobytes() for step in range(5)}) == 5
 
 
+@pytest.mark.parametrize("half", [True, False])
+def test_gradients_are_laid_out_as_the_weights_are(half):
+    """AdamW in one kernel takes both in the order of memory: on a CPU it would scramble others without a word."""
+    network = TunedBackbone().train()
+    crops, places, _ = Lessons(normals(), tuned_config())[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = network.at_stride_two(crops, places).float().square().mean()
+    loss.backward()
+    learnt = [weight for weight in network.parameters() if weight.grad is not None]
+    assert learnt and all(order(weight.grad) == order(weight) for weight in learnt)
+
+
+def order(values):
+    """How far apart neighbours lie in memory, along each dimension that has any."""
+    return [apart for apart, size in zip(values.stride(), values.shape, strict=True) if size > 1]
+
+
 def test_a_normal_is_moved_about_its_middle_and_no_further_than_is_said():
     image = np.zeros((101, 201), np.float32)
     image[50, 100] = 1.0
