@@ -6,7 +6,8 @@
                           it a --inference.calibration of its own
     --on test|rehearsal   what rows are judged on: the labelled test split, or validation normals with one thing in each
                           that does not belong (rehearsal.py). Settings are chosen on the second, never on the first
-    --results FOLDER      where each finished row is kept as JSON, and the tables of all rows as table.md
+    --results FOLDER      where each finished row is kept as JSON, and the tables of all rows as table.md: a row of
+                          several seeds (--runtime.seed, networks and calibration of each) as mean and spread
     FLAGS                 those of inference.py; checkpoints of phases 1 to 3 are those it would take, and what rows
                           share lies in --inference.calibration
 
@@ -181,7 +182,7 @@ def run_row(row: str, ground: Ground, asked: dict, options: argparse.Namespace) 
         part = {"row": name, "seed": config.runtime.seed, "size": config.data.height, "asked": asked}
         part |= {"settings": {"way": way}, "commit": commit(), "hardware": hardware()}
         part |= {"minutes": round((time.monotonic() - began) / 60, 1)}
-        path = part_file(name, way, options.results)
+        path = part_file(name, way, options.results, config.runtime.seed)
         write_json(path, part | judged)
         mean = judged["mean_over_kinds"]
         print(f"{name}, {way}: image AUROC {mean['auroc']:.3f}, pixel AP {mean['pixel_ap']:.3f}, kept in {path}")
@@ -192,14 +193,22 @@ def side_by_side(results: Path) -> str:
     ways = {
         way: [read_part(path) for path in sorted((results / file_name(way)).glob("*.json"))] for way in (NETWORKS, BOTH)
     }
-    means = {way: {part["row"]: part["mean_over_kinds"] for part in parts} for way, parts in ways.items()}
+    means = {way: {part["row"]: [] for part in parts} for way, parts in ways.items()}
+    for way, parts in ways.items():
+        for part in parts:
+            means[way][part["row"]].append(part["mean_over_kinds"])
     titles = ["row", *(title for way in ways for title in (way, "AUPRO"))]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for row in sorted(means[NETWORKS] | means[BOTH], key=lambda row: place(row, tuple(ROWS))):
         both = [means[way].get(row) for way in ways]
-        cells = [text for mean in both for text in ((cell([mean]), spread([mean["aupro"]], 2)) if mean else ("-", "-"))]
+        cells = [text for seeds in both for text in mean_and_aupro(seeds)]
         lines.append("| " + " | ".join([row, *cells]) + " |")
     return "**means over the kinds, image AUROC / pixel AP**\n\n" + "\n".join(lines)
+
+
+def mean_and_aupro(seeds: list[dict] | None) -> tuple[str, str]:
+    """Two cells of a table: over these seeds, or of a row that was not judged this way."""
+    return (cell(seeds), spread([mean["aupro"] for mean in seeds], 2)) if seeds else ("-", "-")
 
 
 def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
@@ -211,7 +220,7 @@ def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
 
 def kept(row: str, ways: tuple[str, ...], results: Path, asked: dict) -> bool:
     """Whether a row is there already, these ways; UsageError if it is of something else."""
-    paths = [part_file(row, way, results) for way in ways]
+    paths = [part_file(row, way, results, asked["seed"]) for way in ways]
     there = [path for path in paths if path.is_file()]
     for path in there:
         part = read_part(path)
@@ -226,9 +235,9 @@ def kept(row: str, ways: tuple[str, ...], results: Path, asked: dict) -> bool:
     return True
 
 
-def part_file(row: str, way: str, results: Path) -> Path:
-    """Where a row is kept."""
-    return results / file_name(way) / f"{file_name(row)}.json"
+def part_file(row: str, way: str, results: Path, seed: int) -> Path:
+    """Where a row of this seed is kept."""
+    return results / file_name(way) / f"{file_name(row)}-seed{seed}.json"
 
 
 # ---------------------------------------------------------------- a row

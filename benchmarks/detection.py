@@ -368,13 +368,16 @@ def read_part(path: Path) -> dict:
     return part
 
 
+OF_A_SEED = {"seed", "vae_sha256", "flow_sha256"}  # what differs between the seeds of one row
+
+
 def refuse_unlike(parts: list[dict]) -> None:
     """UsageError if parts are of different radiographs, or the seeds of one row were asked for differently."""
     if len({part["asked"]["manifest_sha256"] for part in parts}) > 1:
         raise UsageError("the parts are of different radiographs: give each manifest a --results of its own")
     first: dict[tuple, dict] = {}
     for part in parts:
-        asked = {name: value for name, value in in_order(part["asked"]).items() if name != "flow_sha256"}
+        asked = {name: value for name, value in in_order(part["asked"]).items() if name not in OF_A_SEED}
         if first.setdefault((part["row"], part["size"]), asked) != asked:
             raise UsageError(f"the seeds of {part['row']} were run with different flags: remove one, or run it again")
 

@@ -1,5 +1,6 @@
 """The ablation of the reader: what a row leaves out, and a run on the tiny pipeline."""
 
+import json
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -103,17 +104,32 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
         ablation, "judged_both_ways", lambda *_: {"networks": {"kinds": {}, "mean_over_kinds": means[0]}}
     )
     run_benchmark(ablation.main, monkeypatch, *asked[:-1], "everything", "--as", "another G")
-    named = detection.read_part(results / "networks" / "another_G.json")
+    named = detection.read_part(results / "networks" / "another_G-seed0.json")
     assert named["row"] == "another G" and named["mean_over_kinds"] == means[0]
-    for other in (("--reader.steps", 3), ("--runtime.seed", 1), ("--inference.draws", 3), ("--data.gamma", 0.2)):
+    for other in (("--reader.steps", 3), ("--inference.draws", 3), ("--data.gamma", 0.2)):
         with pytest.raises(UsageError, match="remove it, or choose another"):
             run_benchmark(ablation.main, monkeypatch, *asked, *other)
     for row, name in (("without G", "another G"), ("everything", "another_G")):
         with pytest.raises(UsageError, match="of another row"):
             run_benchmark(ablation.main, monkeypatch, *asked[:-1], row, "--as", name)
-    (results / "with_the_tuned_backbone" / "everything.json").unlink()
+    (results / "with_the_tuned_backbone" / "everything-seed0.json").unlink()
     with pytest.raises(UsageError, match="remove it, or choose another"):  # one of its two files is enough
-        run_benchmark(ablation.main, monkeypatch, *asked, "--runtime.seed", 1)
+        run_benchmark(ablation.main, monkeypatch, *asked, "--reader.steps", 3)
+
+
+def test_seeds_of_a_row_are_a_mean_and_what_else_differs_is_refused(tmp_path):
+    for seed, auroc in ((0, 0.7), (1, 0.9)):
+        found = {"auroc": auroc, "pixel_ap": None, "aupro": auroc / 2}
+        asked = {"manifest_sha256": "m", "seed": seed, "vae_sha256": f"of {seed}", "reader": {"steps": 3}}
+        part = {"row": "without z", "seed": seed, "size": 64, "asked": asked, "kinds": {}, "mean_over_kinds": found}
+        path = ablation.part_file("without z", "networks", tmp_path, seed)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(part))
+    assert "| without z | 0.80 ± 0.14 | 0.40 ± 0.07 | - | - |" in ablation.side_by_side(tmp_path)
+    assert "| without z | 64 | 0, 1 | 0.80 ± 0.14 | 0.40 ± 0.07 |" in detection.table_of(path.parent)
+    path.write_text(json.dumps(part | {"asked": asked | {"reader": {"steps": 4}}}))
+    with pytest.raises(UsageError, match="different flags"):
+        detection.table_of(path.parent)
 
 
 def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path, monkeypatch):
@@ -147,7 +163,7 @@ def test_a_rehearsal_judges_what_it_shows_and_no_radiograph_of_the_test(examined
     asked = [*flags, "--reader.tuned-steps", "1", "--results", tmp_path, "--rows", "everything", "--on", "rehearsal"]
     run_benchmark(ablation.main, monkeypatch, *asked)
     for way in ("networks", "with_the_tuned_backbone"):
-        part = detection.read_part(tmp_path / way / "everything.json")
+        part = detection.read_part(tmp_path / way / "everything-seed0.json")
         assert set(part["kinds"]) == {"corruption r 20 to 40", "blob r 64, 0.3"}
         shown = part["kinds"]["blob r 64, 0.3"]
         assert shown["normal_images"] == shown["abnormal_images"] == shown["patients"] == shown["masked_images"]
