@@ -43,7 +43,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablation_ground import GROUNDS, Channel, Ground, Kept, logits_of
-from detection import cell, commit, file_name, hardware, names_in, place, read_part, table_of
+from detection import cell, commit, file_name, hardware, names_in, parts_in, place, read_part, refuse_unlike, table_of
 from seeds import spread
 
 from checks import UsageError
@@ -171,6 +171,7 @@ def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
     with hold(ground.folder, "ablation"):
         for row in options.rows:
             ways, asked = ways_of(row, tuned), ground.asked() | {"row": row}
+            refuse_other_seeds(options.name or row, ways, options.results, asked, ground.config.data.height)
             if not kept(options.name or row, ways, options.results, asked):
                 run_row(row, ground, asked, options)
 
@@ -190,25 +191,24 @@ def run_row(row: str, ground: Ground, asked: dict, options: argparse.Namespace) 
 
 def side_by_side(results: Path) -> str:
     """Means over the kinds of each row that is kept, both ways, as Markdown."""
-    ways = {
-        way: [read_part(path) for path in sorted((results / file_name(way)).glob("*.json"))] for way in (NETWORKS, BOTH)
-    }
-    means = {way: {part["row"]: [] for part in parts} for way, parts in ways.items()}
-    for way, parts in ways.items():
-        for part in parts:
-            means[way][part["row"]].append(part["mean_over_kinds"])
-    titles = ["row", *(title for way in ways for title in (way, "AUPRO"))]
+    ways = {way: {} for way in (NETWORKS, BOTH)}
+    for way, rows in ways.items():
+        for part in parts_in(results / file_name(way)):
+            rows.setdefault((part["row"], part["size"]), []).append(part)
+    titles = ["row", "size", *(title for way in ways for title in ("seeds", way, "AUPRO"))]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
-    for row in sorted(means[NETWORKS] | means[BOTH], key=lambda row: place(row, tuple(ROWS))):
-        both = [means[way].get(row) for way in ways]
-        cells = [text for seeds in both for text in mean_and_aupro(seeds)]
-        lines.append("| " + " | ".join([row, *cells]) + " |")
+    for row in sorted(ways[NETWORKS] | ways[BOTH], key=lambda row: (place(row[0], tuple(ROWS)), row[1])):
+        cells = [text for rows in ways.values() for text in cells_of(rows.get(row, []))]
+        lines.append("| " + " | ".join([row[0], str(row[1]), *cells]) + " |")
     return "**means over the kinds, image AUROC / pixel AP**\n\n" + "\n".join(lines)
 
 
-def mean_and_aupro(seeds: list[dict] | None) -> tuple[str, str]:
-    """Two cells of a table: over these seeds, or of a row that was not judged this way."""
-    return (cell(seeds), spread([mean["aupro"] for mean in seeds], 2)) if seeds else ("-", "-")
+def cells_of(parts: list[dict]) -> tuple[str, str, str]:
+    """Which seeds, their image AUROC and pixel AP, their AUPRO; of a row that was not judged this way, nothing."""
+    means = [part["mean_over_kinds"] for part in parts]
+    if not means:
+        return "-", "-", "-"
+    return ", ".join(str(part["seed"]) for part in parts), cell(means), spread([mean["aupro"] for mean in means], 2)
 
 
 def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
@@ -216,6 +216,14 @@ def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
     if row == TUNED and not tuned:
         raise UsageError(f"{TUNED}: there is none, as reader.tuned_steps is 0 or no backbone is installed")
     return (BOTH,) if row == TUNED else (NETWORKS, BOTH) if tuned else (NETWORKS,)
+
+
+def refuse_other_seeds(row: str, ways: tuple[str, ...], results: Path, asked: dict, size: int) -> None:
+    """UsageError now, and not hours later, if this row could not be averaged with its other seeds that are kept."""
+    mine = {"row": row, "size": size, "seed": asked["seed"], "asked": asked}
+    for way in ways:
+        parts = [read_part(path) for path in sorted((results / file_name(way)).glob("*.json"))]
+        refuse_unlike([part for part in parts if part["row"] == row and part["seed"] != asked["seed"]] + [mine])
 
 
 def kept(row: str, ways: tuple[str, ...], results: Path, asked: dict) -> bool:

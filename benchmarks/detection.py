@@ -331,7 +331,7 @@ def hardware() -> str:
 
 def table_of(folder: Path, order: tuple[str, ...] = (*OURS, *PEERS)) -> str:
     """All parts in a folder as Markdown: a line per row and size, in this order, the mean over its seeds."""
-    parts = [read_part(path) for path in sorted(folder.glob("*.json"))]
+    parts = parts_in(folder)
     if not parts:
         return f"no part is kept in {folder} yet: choose rows with --rows"
     kinds = sorted({kind for part in parts for kind in part["kinds"]})
@@ -341,7 +341,6 @@ def table_of(folder: Path, order: tuple[str, ...] = (*OURS, *PEERS)) -> str:
     groups = {(part["row"], part["size"]): [] for part in parts}
     for part in parts:
         groups[part["row"], part["size"]].append(part)
-    refuse_unlike(parts)
     for (row, size), group in sorted(groups.items(), key=lambda item: (place(item[0][0], order), item[0][1])):
         cells = [cell([part["kinds"][kind] for part in group if kind in part["kinds"]]) for kind in kinds]
         means = [part["mean_over_kinds"] for part in group]
@@ -349,6 +348,13 @@ def table_of(folder: Path, order: tuple[str, ...] = (*OURS, *PEERS)) -> str:
         seeds = ", ".join(str(part["seed"]) for part in group)
         lines.append("| " + " | ".join([row, str(size), seeds, *cells, cell(means), aupro]) + " |")
     return "\n".join(lines)
+
+
+def parts_in(folder: Path) -> list[dict]:
+    """What is kept in a folder, seeds in their order; UsageError where something of it cannot be averaged."""
+    parts = sorted((read_part(path) for path in sorted(folder.glob("*.json"))), key=lambda part: part["seed"])
+    refuse_unlike(parts)
+    return parts
 
 
 def place(row: str, order: tuple[str, ...]) -> int:
@@ -372,14 +378,22 @@ OF_A_SEED = {"seed", "vae_sha256", "flow_sha256"}  # what differs between the se
 
 
 def refuse_unlike(parts: list[dict]) -> None:
-    """UsageError if parts are of different radiographs, or the seeds of one row were asked for differently."""
+    """UsageError if parts are of different radiographs, or a row's seeds are no two trainings asked for alike."""
     if len({part["asked"]["manifest_sha256"] for part in parts}) > 1:
         raise UsageError("the parts are of different radiographs: give each manifest a --results of its own")
     first: dict[tuple, dict] = {}
+    there: set[tuple] = set()
     for part in parts:
+        row = (part["row"], part["size"])
         asked = {name: value for name, value in in_order(part["asked"]).items() if name not in OF_A_SEED}
-        if first.setdefault((part["row"], part["size"]), asked) != asked:
+        if first.setdefault(row, asked) != asked:
             raise UsageError(f"the seeds of {part['row']} were run with different flags: remove one, or run it again")
+        seed, networks = (*row, "seed", part["seed"]), (*row, "networks", part["asked"].get("flow_sha256"))
+        if seed in there:
+            raise UsageError(f"seed {part['seed']} of {part['row']} is kept twice: remove one of its files")
+        if networks in there and networks[-1]:
+            raise UsageError(f"two seeds of {part['row']} are of the same networks: train each seed's own (--outputs)")
+        there |= {seed, networks}
 
 
 def cell(entries: list[dict]) -> str:

@@ -95,7 +95,7 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
     assert networks["everything"]["mean_over_kinds"] != means[0] != means[1]
     averages, of_networks, of_both = (results / "table.md").read_text().split("**\n\n")[1:]
     assert all("| everything |" in table for table in (averages, of_networks, of_both))
-    assert "| the tuned backbone alone | - | - | 0." in averages and "alone" not in of_networks
+    assert "| the tuned backbone alone | 64 | - | - | - | 0 | 0." in averages and "alone" not in of_networks
     capsys.readouterr()
     monkeypatch.setattr(ablation, "judged_both_ways", lambda *_: pytest.fail("run again"))
     run_benchmark(ablation.main, monkeypatch, *asked)
@@ -112,6 +112,8 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
     for row, name in (("without G", "another G"), ("everything", "another_G")):
         with pytest.raises(UsageError, match="of another row"):
             run_benchmark(ablation.main, monkeypatch, *asked[:-1], row, "--as", name)
+    with pytest.raises(UsageError, match="of the same networks"):
+        run_benchmark(ablation.main, monkeypatch, *asked, "--runtime.seed", 1)
     (results / "with_the_tuned_backbone" / "everything-seed0.json").unlink()
     with pytest.raises(UsageError, match="remove it, or choose another"):  # one of its two files is enough
         run_benchmark(ablation.main, monkeypatch, *asked, "--reader.steps", 3)
@@ -120,16 +122,24 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
 def test_seeds_of_a_row_are_a_mean_and_what_else_differs_is_refused(tmp_path):
     for seed, auroc in ((0, 0.7), (1, 0.9)):
         found = {"auroc": auroc, "pixel_ap": None, "aupro": auroc / 2}
-        asked = {"manifest_sha256": "m", "seed": seed, "vae_sha256": f"of {seed}", "reader": {"steps": 3}}
+        asked = {"manifest_sha256": "m", "seed": seed, "flow_sha256": f"of {seed}", "reader": {"steps": 3}}
         part = {"row": "without z", "seed": seed, "size": 64, "asked": asked, "kinds": {}, "mean_over_kinds": found}
         path = ablation.part_file("without z", "networks", tmp_path, seed)
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(part))
-    assert "| without z | 0.80 ± 0.14 | 0.40 ± 0.07 | - | - |" in ablation.side_by_side(tmp_path)
+    assert "| without z | 64 | 0, 1 | 0.80 ± 0.14 | 0.40 ± 0.07 | - | - | - |" in ablation.side_by_side(tmp_path)
     assert "| without z | 64 | 0, 1 | 0.80 ± 0.14 | 0.40 ± 0.07 |" in detection.table_of(path.parent)
-    path.write_text(json.dumps(part | {"asked": asked | {"reader": {"steps": 4}}}))
-    with pytest.raises(UsageError, match="different flags"):
-        detection.table_of(path.parent)
+    for changed, refusal in (
+        ({"asked": asked | {"reader": {"steps": 4}}}, "different flags"),
+        ({"asked": asked | {"flow_sha256": "of 0"}}, "of the same networks"),
+        ({"seed": 0}, "kept twice"),
+    ):
+        path.write_text(json.dumps(part | changed))
+        for table in (lambda: detection.table_of(path.parent), lambda: ablation.side_by_side(tmp_path)):
+            with pytest.raises(UsageError, match=refusal):
+                table()
+    path.write_text(json.dumps(part | {"size": 128}))
+    assert "| without z | 128 | 1 | 0.90 | 0.45 |" in ablation.side_by_side(tmp_path)
 
 
 def test_a_row_says_what_a_reader_says_of_the_same_images(examined, tmp_path, monkeypatch):
