@@ -43,7 +43,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ablation_ground import GROUNDS, Channel, Ground, Kept, logits_of
-from detection import cell, commit, file_name, hardware, names_in, parts_in, place, read_part, refuse_unlike, table_of
+from detection import cell, commit, file_name, hardware, names_in, place, read_part, refuse_unlike, rows_in, table_of
 from seeds import spread
 
 from checks import UsageError
@@ -171,8 +171,8 @@ def run_rows(options: argparse.Namespace, flags: list[str]) -> None:
     with hold(ground.folder, "ablation"):
         for row in options.rows:
             ways, asked = ways_of(row, tuned), ground.asked() | {"row": row}
-            refuse_other_seeds(options.name or row, ways, options.results, asked, ground.config.data.height)
             if not kept(options.name or row, ways, options.results, asked):
+                refuse_other_seeds(options.name or row, ways, options.results, asked, ground.config.data.height)
                 run_row(row, ground, asked, options)
 
 
@@ -191,10 +191,7 @@ def run_row(row: str, ground: Ground, asked: dict, options: argparse.Namespace) 
 
 def side_by_side(results: Path) -> str:
     """Means over the kinds of each row that is kept, both ways, as Markdown."""
-    ways = {way: {} for way in (NETWORKS, BOTH)}
-    for way, rows in ways.items():
-        for part in parts_in(results / file_name(way)):
-            rows.setdefault((part["row"], part["size"]), []).append(part)
+    ways = {way: rows_in(results / file_name(way)) for way in (NETWORKS, BOTH)}
     titles = ["row", "size", *(title for way in ways for title in ("seeds", way, "AUPRO"))]
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for row in sorted(ways[NETWORKS] | ways[BOTH], key=lambda row: (place(row[0], tuple(ROWS)), row[1])):
@@ -219,11 +216,11 @@ def ways_of(row: str, tuned: bool) -> tuple[str, ...]:
 
 
 def refuse_other_seeds(row: str, ways: tuple[str, ...], results: Path, asked: dict, size: int) -> None:
-    """UsageError now, and not hours later, if this row could not be averaged with its other seeds that are kept."""
+    """UsageError now, and not hours later, if this row could not be averaged with what is kept of it."""
     mine = {"row": row, "size": size, "seed": asked["seed"], "asked": asked}
     for way in ways:
-        parts = [read_part(path) for path in sorted((results / file_name(way)).glob("*.json"))]
-        refuse_unlike([part for part in parts if part["row"] == row and part["seed"] != asked["seed"]] + [mine])
+        if not part_file(row, way, results, asked["seed"]).is_file():
+            refuse_unlike([*rows_in(results / file_name(way)).get((row, size), []), mine])
 
 
 def kept(row: str, ways: tuple[str, ...], results: Path, asked: dict) -> bool:

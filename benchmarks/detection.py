@@ -331,16 +331,13 @@ def hardware() -> str:
 
 def table_of(folder: Path, order: tuple[str, ...] = (*OURS, *PEERS)) -> str:
     """All parts in a folder as Markdown: a line per row and size, in this order, the mean over its seeds."""
-    parts = parts_in(folder)
-    if not parts:
+    groups = rows_in(folder)
+    if not groups:
         return f"no part is kept in {folder} yet: choose rows with --rows"
-    kinds = sorted({kind for part in parts for kind in part["kinds"]})
+    kinds = sorted({kind for group in groups.values() for part in group for kind in part["kinds"]})
     titles = ["row", "size", "seeds", *kinds, "mean of kinds", "AUPRO"]
     lines = ["image AUROC / pixel AP, mean over the seeds", "", "| " + " | ".join(titles) + " |"]
     lines.append("|" + " --- |" * len(titles))
-    groups = {(part["row"], part["size"]): [] for part in parts}
-    for part in parts:
-        groups[part["row"], part["size"]].append(part)
     for (row, size), group in sorted(groups.items(), key=lambda item: (place(item[0][0], order), item[0][1])):
         cells = [cell([part["kinds"][kind] for part in group if kind in part["kinds"]]) for kind in kinds]
         means = [part["mean_over_kinds"] for part in group]
@@ -350,11 +347,17 @@ def table_of(folder: Path, order: tuple[str, ...] = (*OURS, *PEERS)) -> str:
     return "\n".join(lines)
 
 
-def parts_in(folder: Path) -> list[dict]:
-    """What is kept in a folder, seeds in their order; UsageError where something of it cannot be averaged."""
-    parts = sorted((read_part(path) for path in sorted(folder.glob("*.json"))), key=lambda part: part["seed"])
-    refuse_unlike(parts)
-    return parts
+def rows_in(folder: Path) -> dict[tuple[str, int], list[dict]]:
+    """What is kept in a folder, by row and size, seeds in their order; UsageError where it cannot be averaged."""
+    parts = [read_part(path) for path in sorted(folder.glob("*.json"))]
+    if len({part["asked"]["manifest_sha256"] for part in parts}) > 1:
+        raise UsageError("the parts are of different radiographs: give each manifest a --results of its own")
+    groups: dict[tuple[str, int], list[dict]] = {}
+    for part in sorted(parts, key=lambda part: part["seed"]):
+        groups.setdefault((part["row"], part["size"]), []).append(part)
+    for seeds in groups.values():
+        refuse_unlike(seeds)
+    return groups
 
 
 def place(row: str, order: tuple[str, ...]) -> int:
@@ -377,23 +380,17 @@ def read_part(path: Path) -> dict:
 OF_A_SEED = {"seed", "vae_sha256", "flow_sha256"}  # what differs between the seeds of one row
 
 
-def refuse_unlike(parts: list[dict]) -> None:
-    """UsageError if parts are of different radiographs, or a row's seeds are no two trainings asked for alike."""
-    if len({part["asked"]["manifest_sha256"] for part in parts}) > 1:
-        raise UsageError("the parts are of different radiographs: give each manifest a --results of its own")
-    first: dict[tuple, dict] = {}
-    there: set[tuple] = set()
-    for part in parts:
-        row = (part["row"], part["size"])
-        asked = {name: value for name, value in in_order(part["asked"]).items() if name not in OF_A_SEED}
-        if first.setdefault(row, asked) != asked:
-            raise UsageError(f"the seeds of {part['row']} were run with different flags: remove one, or run it again")
-        seed, networks = (*row, "seed", part["seed"]), (*row, "networks", part["asked"].get("flow_sha256"))
-        if seed in there:
-            raise UsageError(f"seed {part['seed']} of {part['row']} is kept twice: remove one of its files")
-        if networks in there and networks[-1]:
-            raise UsageError(f"two seeds of {part['row']} are of the same networks: train each seed's own (--outputs)")
-        there |= {seed, networks}
+def refuse_unlike(seeds: list[dict]) -> None:
+    """UsageError if these parts of one row are not one training each, asked for alike."""
+    row, numbers = seeds[0]["row"], [part["seed"] for part in seeds]
+    asked = [{name: it for name, it in in_order(part["asked"]).items() if name not in OF_A_SEED} for part in seeds]
+    networks = [part["asked"]["flow_sha256"] for part in seeds if "flow_sha256" in part["asked"]]
+    if any(other != asked[0] for other in asked):
+        raise UsageError(f"the seeds of {row} were run with different flags: remove one, or run it again")
+    if len(set(numbers)) < len(numbers):
+        raise UsageError(f"a seed of {row} is kept twice: remove one of its files")
+    if len(set(networks)) < len(networks):
+        raise UsageError(f"two seeds of {row} are of the same networks: train each seed's own (--outputs)")
 
 
 def cell(entries: list[dict]) -> str:

@@ -117,6 +117,10 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
     (results / "with_the_tuned_backbone" / "everything-seed0.json").unlink()
     with pytest.raises(UsageError, match="remove it, or choose another"):  # one of its two files is enough
         run_benchmark(ablation.main, monkeypatch, *asked, "--reader.steps", 3)
+    kept = results / "networks" / "without_G-seed0.json"
+    kept.rename(kept.with_name("without_G.json"))  # as an earlier version named it
+    with pytest.raises(UsageError, match="kept twice"):
+        run_benchmark(ablation.main, monkeypatch, *asked[:-1], "without G")
 
 
 def test_seeds_of_a_row_are_a_mean_and_what_else_differs_is_refused(tmp_path):
