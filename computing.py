@@ -1,10 +1,11 @@
-"""Leaf: how a training computes, beyond what it computes: layout, optimizer, compiled networks, the rest of float32.
+"""Leaf: how a phase computes, beyond what it computes: layout, optimizer, compiled networks, memory, TF32.
 
 What changes no more than rounding, and only where it was measured to pay or where a GPU is known for it; a CPU computes
 to the bit what it did before, unless runtime.compile says otherwise. `python benchmarks/speed.py --parts settings`
 measures each.
 """
 
+import ctypes
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from checks import UsageError
 from config import RuntimeConfig
 
 WAITED_FOR = ("cpu",)  # devices whose gradients the host looks at, for that stops nothing there
+KEPT_ARRAY, KEPT_MEMORY = 2**30, 2**31 - 1  # bytes of the largest array whose memory is kept, and of all that is
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -54,6 +57,18 @@ def fast_products(device: torch.device) -> None:
     """On a GPU what a training leaves in float32 is multiplied in TF32: of its inputs 10 bits of mantissa are read."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+def keep_memory() -> bool:
+    """Let this process keep what it frees, up to KEPT_MEMORY, for what it needs next; False where there is no mallopt.
+
+    By itself glibc hands the memory of a large array back when it is freed, and the kernel clears it anew, page by
+    page, for the next one: of a network on a CPU, every layer, every time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # GNU's; other systems keep memory as they see fit
+    if mallopt is None:
+        return False
+    return all([mallopt(M_MMAP_THRESHOLD, KEPT_ARRAY), mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)])
 
 
 def busy(device: torch.device) -> Callable[[], bool]:

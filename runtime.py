@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import interruption
 from checks import UsageError
+from computing import keep_memory
 from config import Config, InferenceConfig, RuntimeConfig
 from files import says_full
 from progress import own_voice
@@ -39,6 +40,7 @@ PLACES_OF_PATIENTS = (("data", "root"), ("data", "test"))  # settings whose very
 def run_script(main: Callable[[], None]) -> None:
     """Run a phase; what the user can put right ends in one line on stderr and exit code 2, a signal in another."""
     interruption.running()
+    keep_memory()
     try:
         with own_voice():
             main()

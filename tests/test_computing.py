@@ -1,6 +1,10 @@
 """How a training computes: kernels, layouts and compiled networks change the time it takes, no more than rounding."""
 
 import copy
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -172,3 +176,28 @@ def test_the_networks_can_be_traced_and_then_prepared_as_the_scripts_do(name, mo
     model = Accelerator(cpu=True).prepare(compiled(network, RuntimeConfig(compile=True), CPU))
     torch.testing.assert_close(model(*given), expected)
     assert list(network.state_dict()) == names and model is network
+
+
+FAULTS = """
+import resource, sys
+import torch
+from computing import keep_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+torch.set_num_threads(1)
+alone = faults()
+print(alone, keep_memory() and faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another system's malloc")
+def test_memory_that_was_freed_is_not_asked_for_again():
+    path = str(Path(computing.__file__).parent)
+    run = subprocess.run([sys.executable, "-c", FAULTS], cwd=path, capture_output=True, text=True, check=True)
+    alone, keeping = map(int, run.stdout.split())
+    assert 0 < keeping < 0.2 * alone  # of ten arrays the first is new
