@@ -16,8 +16,7 @@ from checks import UsageError
 from config import RuntimeConfig
 
 WAITED_FOR = ("cpu",)  # devices whose gradients the host looks at, for that stops nothing there
-KEPT_ARRAY, KEPT_MEMORY = 2**30, 2**31 - 1  # bytes of the largest array whose memory is kept, and of all that is
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h numbers them
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -60,15 +59,16 @@ def fast_products(device: torch.device) -> None:
 
 
 def keep_memory() -> bool:
-    """Let this process keep what it frees, up to KEPT_MEMORY, for what it needs next; False where there is no mallopt.
+    """Let this process keep what it frees for what it needs next; False where there is no mallopt.
 
     By itself glibc hands the memory of a large array back when it is freed, and the kernel clears it anew, page by
     page, for the next one: of a network on a CPU, every layer, every time.
+    What was needed once stays until the process ends.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # GNU's; other systems keep memory as they see fit
     if mallopt is None:
         return False
-    return all([mallopt(M_MMAP_THRESHOLD, KEPT_ARRAY), mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)])
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])
 
 
 def busy(device: torch.device) -> Callable[[], bool]:
