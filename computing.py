@@ -6,6 +6,7 @@ measures each.
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -62,13 +63,12 @@ def keep_memory() -> bool:
     """Let this process keep what it frees for what it needs next; False where there is no mallopt.
 
     By itself glibc hands the memory of a large array back when it is freed, and the kernel clears it anew, page by
-    page, for the next one: of a network on a CPU, every layer, every time.
-    What was needed once stays until the process ends.
+    page, for the next one: of a network on a CPU, every layer, every time. What was needed once stays until the end.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # GNU's; other systems keep memory as they see fit
-    if mallopt is None:
+    if os.name != "posix":  # where CDLL(None) is an error
         return False
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # GNU's; other systems keep memory as they see fit
+    return mallopt is not None and all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])
 
 
 def busy(device: torch.device) -> Callable[[], bool]:

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -195,7 +196,7 @@ print(alone, keep_memory() and faults())
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="another system's malloc")
+@pytest.mark.skipif(os.name != "posix" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="another system's malloc")
 def test_memory_that_was_freed_is_not_asked_for_again():
     path = str(Path(computing.__file__).parent)
     run = subprocess.run([sys.executable, "-c", FAULTS], cwd=path, capture_output=True, text=True, check=True)
