@@ -65,10 +65,13 @@ def keep_memory() -> bool:
     By itself glibc hands the memory of a large array back when it is freed, and the kernel clears it anew, page by
     page, for the next one: of a network on a CPU, every layer, every time. What was needed once stays until the end.
     """
-    if os.name != "posix":  # where CDLL(None) is an error
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # GNU's; other systems keep memory as they see fit
+    mallopt = of_malloc("mallopt")
     return mallopt is not None and all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])
+
+
+def of_malloc(name: str) -> Callable[..., int] | None:
+    """A function of GNU's malloc; None on other systems, which keep memory as they see fit."""
+    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None  # elsewhere CDLL(None) is an error
 
 
 def busy(device: torch.device) -> Callable[[], bool]:

@@ -1,8 +1,6 @@
 """How a training computes: kernels, layouts and compiled networks change the time it takes, no more than rounding."""
 
 import copy
-import ctypes
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -196,7 +194,7 @@ print(alone, keep_memory() and faults())
 """
 
 
-@pytest.mark.skipif(os.name != "posix" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="another system's malloc")
+@pytest.mark.skipif(computing.of_malloc("mallopt") is None, reason="another system's malloc")
 def test_memory_that_was_freed_is_not_asked_for_again():
     path = str(Path(computing.__file__).parent)
     run = subprocess.run([sys.executable, "-c", FAULTS], cwd=path, capture_output=True, text=True, check=True)
