@@ -64,14 +64,20 @@ def keep_memory() -> bool:
 
     By itself glibc hands the memory of a large array back when it is freed, and the kernel clears it anew, page by
     page, for the next one: of a network on a CPU, every layer, every time. What was needed once stays until the end.
+    Who sets one of malloc's own variables, such as MALLOC_TRIM_THRESHOLD_, has decided otherwise.
     """
     mallopt = of_malloc("mallopt")
-    return mallopt is not None and all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])
+    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])
 
 
 def of_malloc(name: str) -> Callable[..., int] | None:
     """A function of GNU's malloc; None on other systems, which keep memory as they see fit."""
-    return getattr(ctypes.CDLL(None), name, None) if os.name == "posix" else None  # elsewhere CDLL(None) is an error
+    try:
+        return getattr(ctypes.CDLL(None), name, None)
+    except (OSError, TypeError):  # a python without a dynamic linker, and Windows
+        return None
 
 
 def busy(device: torch.device) -> Callable[[], bool]:

@@ -11,7 +11,7 @@ import speed_work as work_of
 import torch
 from speed_augmentation import augmentations
 from speed_reader import tuning_step, whole_step
-from stopwatch import Work, compare, free_mib, measure, own_mib, ten_most
+from stopwatch import Work, compare, free_mib, hand_back, measure, own_mib, ten_most
 from torch import nn
 
 from checks import UsageError
@@ -65,6 +65,7 @@ class Here:
     def forget(self) -> None:
         """Let go of what was prepared."""
         self.accelerator.free_memory()
+        hand_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -163,11 +163,16 @@ def forget_peak(device: torch.device) -> None:
     """From now on `peak_mib` is of what comes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif os.access(FORGET, os.W_OK):
-        hand_back = of_malloc("malloc_trim")
-        if hand_back:  # what was measured before may have needed more
-            hand_back(0)
+    hand_back()
+    if device.type != "cuda" and os.access(FORGET, os.W_OK):
         FORGET.write_text("5")
+
+
+def hand_back() -> None:
+    """Free memory that a script would keep: what was measured before may have needed more."""
+    trim = of_malloc("malloc_trim")
+    if trim:
+        trim(0)
 
 
 def peak_mib(device: torch.device) -> float | None:
