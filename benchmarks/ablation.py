@@ -182,6 +182,7 @@ def run_row(row: str, ground: Ground, asked: dict, options: argparse.Namespace) 
     for way, judged in judged_both_ways(row, ground).items():
         part = {"row": name, "seed": config.runtime.seed, "size": config.data.height, "asked": asked}
         part |= {"settings": {"way": way}, "commit": commit(), "hardware": hardware()}
+        part |= {"normals": len(ground.training.images)}  # reader.normals is a bound
         part |= {"minutes": round((time.monotonic() - began) / 60, 1)}
         path = part_file(name, way, options.results, config.runtime.seed)
         write_json(path, part | judged)

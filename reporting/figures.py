@@ -269,6 +269,48 @@ def save_curves(path: str | Path, series: Mapping[str, tuple[ArrayLike, ArrayLik
     _write_png(path, figure)
 
 
+def save_growth(
+    path: str | Path, rows: Mapping[str, Mapping[str, Mapping[str, tuple[ArrayLike, ArrayLike]]]], title: str
+) -> None:
+    """What grows with what: a row of panels for each measure, a column for each cause, on axes of doublings.
+
+    rows: measure -> cause -> at most 8 curves, name -> (amounts, values in [0, 1]). Causes and names are those of the
+    first row; a name has the same colour everywhere, and of the first the line is the boldest.
+    """
+    names = list(dict.fromkeys(name for panels in rows.values() for curves in panels.values() for name in curves))
+    if len(names) > len(OKABE_ITO):
+        raise ValueError(
+            f"{len(names)} curves in one figure cannot be told apart: split them, at most {len(OKABE_ITO)} each"
+        )
+    colours = dict(zip(names, ("#000000", *(each for each in OKABE_ITO if each != "#000000")), strict=False))
+    causes = len(next(iter(rows.values())))
+    figure = Figure(figsize=(4.6 * causes + 1.8, 3.4 * len(rows) + 0.4), dpi=DPI, layout="constrained")
+    axes = figure.subplots(len(rows), causes, sharey="row", sharex="col", squeeze=False)
+    for across, (measure, panels) in zip(axes, rows.items(), strict=True):
+        for panel, (cause, curves) in zip(across, panels.items(), strict=True):
+            _draw_growth(panel, curves, {name: colours[name] for name in curves}, bold=names[0])
+            panel.set_xlabel(cause if across is axes[-1] else "")
+            panel.set_ylabel(measure if panel is across[0] else "")
+    handles = [Line2D([], [], color=colours[name], linewidth=3 if name == names[0] else 1.6) for name in names]
+    figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=10)
+    figure.suptitle(title, fontsize=12, x=0.01, ha="left", weight="bold")
+    _write_png(path, figure)
+
+
+def _draw_growth(
+    panel: Axes, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], colours: Mapping[str, str], bold: str
+) -> None:
+    """One panel of `save_growth`."""
+    for name, (amounts, values) in curves.items():
+        style = {"linewidth": 3, "zorder": 3} if name == bold else {"linewidth": 1.6}
+        panel.plot(amounts, values, color=colours[name], marker="o", markersize=4, **style)
+    amounts = sorted({float(amount) for each, _ in curves.values() for amount in each})
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(amounts, [f"{amount:,.0f}" for amount in amounts])
+    panel.grid(which="major", color="0.9", linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def _write_png(path: str | Path, figure: Figure) -> None:
     """A whole picture or none."""
     options = {"format": "png", "dpi": DPI, "metadata": {"Software": None}, "pil_kwargs": {"compress_level": 4}}

@@ -92,6 +92,7 @@ def test_rows_are_judged_both_ways_kept_and_not_run_again(examined, monkeypatch,
     assert set(networks) == {"everything", "without G", "without rim"}
     assert set(both) == {*networks, "the tuned backbone alone"}
     means = [parts["without G"]["mean_over_kinds"] for parts in (networks, both)]
+    assert {part["normals"] for part in both.values()} == {12}
     assert networks["everything"]["mean_over_kinds"] != means[0] != means[1]
     averages, of_networks, of_both = (results / "table.md").read_text().split("**\n\n")[1:]
     assert all("| everything |" in table for table in (averages, of_networks, of_both))

@@ -136,3 +136,15 @@ def test_curves_of_any_values_are_drawn(tmp_path, values):
 def test_more_curves_than_colours_are_refused(tmp_path):
     with pytest.raises(ValueError, match="split them"):
         figures.save_curves(tmp_path / "curves.png", {str(i): ([0], [1]) for i in range(9)}, "too many")
+
+
+def test_growth_is_drawn_with_a_panel_for_each_measure_and_cause(tmp_path):
+    curves = {"mean": ([50, 100, 200], [0.5, 0.6, 0.7]), "cyst": ([50, 100], [0.9, 0.95])}
+    panels = {"steps": curves, "normals": {"mean": ([1, 2], [0.1, 0.2])}}
+    for measures in (1, 2):
+        rows = {f"measure {number}": panels for number in range(measures)}
+        figures.save_growth(tmp_path / f"{measures}.png", rows, "what brings what")
+    one, two = (Image.open(tmp_path / f"{measures}.png").size for measures in (1, 2))
+    assert one[0] == two[0] > 900 and two[1] > one[1] + 300
+    with pytest.raises(ValueError, match="split them"):
+        figures.save_growth(tmp_path / "many.png", {"m": {"c": {str(i): ([1], [1]) for i in range(9)}}}, "too many")
