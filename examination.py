@@ -257,12 +257,13 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
     if not digests and not training:
         raise UsageError(
             f"no validation normal of {config.data.root} is left: thresholds need radiographs that trained neither "
-            "network; point data.root at the normals of phase 1"
+            "network; point data.root at the normals of phase 1, and call patients of elsewhere by names of their own"
         )
     if not digests:
         raise UsageError(
             f"{config.data.root} has no radiograph that trained the networks, and the reader learns on them: point "
-            "data.root at the normals of phase 1, or use --inference.method plain"
+            "data.root at the normals of phase 1, or use --inference.method plain; to judge by normals of elsewhere, "
+            f"copy {READER} of the calibration that was made there into {config.inference.calibration}"
         )
     shown = [json.dumps(config.data.preprocessing), *digests]  # digests are of the files
     pictures = hashlib.sha256("".join(shown).encode()).hexdigest()
