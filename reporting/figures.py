@@ -32,6 +32,7 @@ OUTLINE = {
     "path_effects": [withStroke(linewidth=2.6, foreground="black")],
 }  # cyan, seen on black and white
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+BOLD, YELLOW = "#000000", "#F0E442"  # the second is faint on white
 
 
 @dataclass(frozen=True)
@@ -282,15 +283,16 @@ def save_growth(
         raise ValueError(
             f"{len(names)} curves in one figure cannot be told apart: split them, at most {len(OKABE_ITO)} each"
         )
-    colours = dict(zip(names, ("#000000", *(each for each in OKABE_ITO if each != "#000000")), strict=False))
+    clear = [each for each in OKABE_ITO if each not in (BOLD, YELLOW)]
+    colours = dict(zip(names, (BOLD, *clear, "0.55"), strict=False))
     causes = len(next(iter(rows.values())))
     figure = Figure(figsize=(4.6 * causes + 1.8, 3.4 * len(rows) + 0.4), dpi=DPI, layout="constrained")
     axes = figure.subplots(len(rows), causes, sharey="row", sharex="col", squeeze=False)
     for across, (measure, panels) in zip(axes, rows.items(), strict=True):
+        across[0].set_ylabel(measure)
         for panel, (cause, curves) in zip(across, panels.items(), strict=True):
-            _draw_growth(panel, curves, {name: colours[name] for name in curves}, bold=names[0])
-            panel.set_xlabel(cause if across is axes[-1] else "")
-            panel.set_ylabel(measure if panel is across[0] else "")
+            _draw_growth(panel, curves, colours, bold=names[0])
+            panel.set_xlabel(cause)
     handles = [Line2D([], [], color=colours[name], linewidth=3 if name == names[0] else 1.6) for name in names]
     figure.legend(handles, names, loc="outside right upper", frameon=False, fontsize=10)
     figure.suptitle(title, fontsize=12, x=0.01, ha="left", weight="bold")
