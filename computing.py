@@ -67,7 +67,8 @@ def keep_memory() -> bool:
     Who sets one of malloc's own variables, such as MALLOC_TRIM_THRESHOLD_, has decided otherwise.
     """
     mallopt = of_malloc("mallopt")
-    if mallopt is None or any(name.startswith("MALLOC_") for name in os.environ):
+    tuned = any(name.startswith("MALLOC_") for name in os.environ)
+    if mallopt is None or tuned or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
         return False
     return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, -1)])
 

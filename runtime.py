@@ -34,13 +34,18 @@ from progress import own_voice
 UNWRITABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 PLACES_OF_PATIENTS = (("data", "root"), ("data", "test"))  # settings whose very names may be a patient's
 
+# how torch and oneDNN call it
+NO_MEMORY = ("can't allocate memory", "can't start new thread", "could not create a primitive")
+# in front of a command: glibc does what it does by itself
+HAND_BACK = "MALLOC_TRIM_THRESHOLD_=131072"
+
 # ---------------------------------------------------------------- scripts
 
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a phase; what the user can put right ends in one line on stderr and exit code 2, a signal in another."""
     interruption.running()
-    keep_memory()
+    keeps = keep_memory()
     try:
         with own_voice():
             main()
@@ -57,7 +62,7 @@ def run_script(main: Callable[[], None]) -> None:
         remedy = ": choose a folder that can be written, or mend it" if error.errno in UNWRITABLE else ""
         sys.exit(_one_line_error(f"{error.strerror or error}: {error.filename or ''}{remedy}", code=2))
     except (MemoryError, RuntimeError) as error:
-        words = _what_ran_out(error)
+        words = _what_ran_out(error, keeps)
         if words is None:
             raise
         sys.exit(_one_line_error(f"{words}; {interruption.remembered()}", code=2))
@@ -83,12 +88,19 @@ def _end_those_ahead() -> None:
         child.join()
 
 
-def _what_ran_out(error: Exception) -> str | None:
-    """What to do about memory that is too small, or about a process that was killed for it; None for another error."""
+def _what_ran_out(error: Exception, keeps: bool) -> str | None:
+    """What to do about memory that is too small, or about a process that was killed for it; None for another error.
+
+    keeps: whether memory that was freed stays with this process.
+    """
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU has too little memory: lower the batch_size of this phase (vae, latent, flowdiff or inference)"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "the machine has too little memory: lower this phase's batch_size, data.cache_gb or data.num_workers"
+    told = [sign for sign in NO_MEMORY if sign in str(error)]
+    if isinstance(error, MemoryError) or told:
+        return (
+            f"the machine has too little memory{f' ({told[0]})' if told else ''}: lower this phase's batch_size, "
+            f"data.cache_gb or data.num_workers{f', or begin the command with {HAND_BACK}' if keeps else ''}"
+        )
     if "DataLoader worker" in str(error):
         return (
             "a process that reads radiographs ahead was killed, perhaps for want of memory: lower data.num_workers "

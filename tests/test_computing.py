@@ -20,7 +20,7 @@ from flowdiff_model import FlowDiffUNet
 from guard import StepGuard
 from model import pretrained_vae
 from run_log import Meter
-from runtime import EMA
+from runtime import EMA, HAND_BACK
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")  # the second only by name: none is needed to ask for its settings
 
@@ -208,7 +208,8 @@ def test_memory_that_was_freed_is_not_asked_for_again():
     assert keeping < 0.1 * alone
 
 
-def test_malloc_is_left_alone_where_somebody_tuned_it(monkeypatch):
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+@pytest.mark.parametrize("named", [HAND_BACK, "GLIBC_TUNABLES=glibc.malloc.trim_threshold=131072"])
+def test_malloc_is_left_alone_where_somebody_tuned_it(named, monkeypatch):
+    monkeypatch.setenv(*named.split("=", 1))
     monkeypatch.setattr(computing, "of_malloc", lambda name: pytest.fail)
     assert not computing.keep_memory()

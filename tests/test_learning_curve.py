@@ -16,12 +16,13 @@ from files import write_json
 ROWS = {"usual": (1200, 198), "half the steps": (600, 198), "50 normals": (1200, 50), "both": (600, 50)}
 
 
-def keep(results, row, steps, normals, seed=0, value=0.5):
+def keep(results, row, steps, normals, seed=0, value=0.5, kinds=("implant",), size=256, **reader):
     """What ablation.py keeps of a row, as far as this asks."""
-    measures = {"auroc": value, "pixel_ap": value / 2, "aupro": value}
-    kinds = {"cyst": measures, "implant": measures | {"pixel_ap": None}}
-    part = {"row": row, "seed": seed, "size": 256, "normals": normals, "kinds": kinds, "mean_over_kinds": measures}
-    part["asked"] = {"manifest_sha256": "m", "flow_sha256": str(seed), "reader": {"tuned_steps": steps}}
+    measures = {"auroc": value, "pixel_ap": None if value is None else value / 2, "aupro": value}
+    judged = {"cyst": measures} | {kind: measures | {"pixel_ap": None} for kind in kinds}
+    part = {"row": row, "seed": seed, "size": size, "normals": normals, "kinds": judged, "mean_over_kinds": measures}
+    settings = {"tuned_steps": steps, "steps": steps} | reader
+    part["asked"] = {"manifest_sha256": "m", "flow_sha256": str(seed), "reader": settings}
     folder = results / "with_the_tuned_backbone"
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"{row}-seed{seed}.json", part)
@@ -51,12 +52,49 @@ def test_the_figure_is_drawn_and_the_table_printed(tmp_path, monkeypatch, capsys
     assert "| 50 normals | 256 | 0 |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("rows", [[], ["usual"], ["usual", "50 normals"]])
+@pytest.mark.parametrize("rows", [["usual"], ["usual", "50 normals"]])
 def test_a_curve_of_one_point_is_refused(rows, tmp_path, monkeypatch):
     for row in rows:
         keep(tmp_path, row, *ROWS[row])
     with pytest.raises(UsageError, match="needs two rows"):
         run_benchmark(learning_curve.main, monkeypatch, "--results", tmp_path, "--out", tmp_path / "curve.png")
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"size": 512}, "differ in size"),
+        ({"width": 8}, "differ in reader.width"),
+        ({"kinds": ("caries",)}, "differ in kinds"),
+        ({"normals": None}, "does not say how long"),
+        ({"steps": -1}, "does not say how long"),
+        ({"seed": 1, "row": "usual", "normals": 150, "steps": 1200}, "different numbers of normals"),
+    ],
+)
+def test_rows_that_are_no_curve_are_refused(other, words, tmp_path, monkeypatch):
+    keep(tmp_path, "usual", 1200, 198)
+    keep(**{"results": tmp_path, "row": "half", "steps": 600, "normals": 198} | other)
+    with pytest.raises(UsageError, match=words):
+        run_benchmark(learning_curve.main, monkeypatch, "--results", tmp_path)
+
+
+def test_more_kinds_than_colours_are_in_the_table(tmp_path, monkeypatch, capsys):
+    for row, amounts in ROWS.items():
+        keep(tmp_path, row, *amounts, kinds=[f"kind {number}" for number in range(9)])
+    run_benchmark(learning_curve.main, monkeypatch, "--results", tmp_path, "--out", tmp_path / "curve.png")
+    shown = capsys.readouterr().out
+    assert "the mean and 7 of 10 kinds" in shown and "kind 8" in shown
+
+
+def test_nothing_to_draw_is_one_line(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="no row is kept in"):
+        run_benchmark(learning_curve.main, monkeypatch, "--results", tmp_path)
+    for row, amounts in ROWS.items():
+        keep(tmp_path, row, *amounts, value=None)
+    with pytest.raises(UsageError, match="no row has an image AUROC"):
+        run_benchmark(learning_curve.main, monkeypatch, "--results", tmp_path)
+    with pytest.raises(UsageError, match="a figure is a .png"):
+        run_benchmark(learning_curve.main, monkeypatch, "--results", tmp_path, "--out", "curve.jpg")
 
 
 def test_two_rows_of_the_same_amounts_are_refused(tmp_path, monkeypatch):

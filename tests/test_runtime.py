@@ -133,6 +133,12 @@ def test_noise_depends_on_every_part_of_its_key_and_on_nothing_else():
         (torch.OutOfMemoryError("CUDA out of memory. Tried to"), 2, "error: the GPU has too little memory: lower the"),
         (MemoryError(), 2, "error: the machine has too little memory: lower this"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: the machine has too"),
+        (
+            RuntimeError("can't start new thread"),
+            2,
+            "error: the machine has too little memory (can't start new thread)",
+        ),
+        (RuntimeError("could not create a primitive"), 2, "error: the machine has too little memory (could not create"),
         (OSError(errno.ENOSPC, "No space left on device"), 2, "error: the disk is full or over its quota: make room"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 2, "error: nobody reads what is printed any more: print into a"),
     ],
@@ -145,6 +151,17 @@ def test_what_the_user_can_mend_is_one_line_and_a_code(error, code, line, capsys
         run_script(main)
     shown = capsys.readouterr().err
     assert end.value.code == code and shown.startswith(line) and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_who_keeps_freed_memory_is_told_how_to_hand_it_back(keeps, monkeypatch, capsys):
+    def main():
+        raise MemoryError
+
+    monkeypatch.setattr(runtime, "keep_memory", lambda: keeps)
+    with pytest.raises(SystemExit):
+        run_script(main)
+    assert (f"begin the command with {runtime.HAND_BACK}" in capsys.readouterr().err) == keeps
 
 
 def test_a_bug_keeps_its_traceback():
