@@ -53,7 +53,7 @@ def records_to_examine(model: Normalizer, config: Config) -> list[Record]:
         records = list_records(config.data.test, config.data.patient_from, "data.test")
     else:
         everyone = list_records(config.data.root, config.data.patient_from)
-        records = split_records(everyone, config.data)["test"]
+        records = split_records(everyone, config.data, trains=False)["test"]
     if not records:
         raise UsageError(
             f"{config.data.root} has no test split: name the radiographs to examine with --data.test, a folder or a "
@@ -227,7 +227,8 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
     anybody's. UsageError if none is left or too many are unreadable.
     """
     training = split == "train"
-    records = split_records(list_records(config.data.root, config.data.patient_from), config.data)[split]
+    everyone = list_records(config.data.root, config.data.patient_from)
+    records = split_records(everyone, config.data, trains=False)[split]
     if training and len(records) > config.reader.normals:
         chosen = np.linspace(0, len(records) - 1, config.reader.normals).round().astype(int)
         records = [records[index] for index in chosen]

@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     refuse_nonsense(options)
-    splits = split_records(list_records(options.data, setting="--data"), DataConfig())
+    splits = split_records(list_records(options.data, setting="--data"), DataConfig(), trains=False)
     records = [(split, record) for split in ("val", "test") for record in splits[split]]
     rows = []
     for index, (split, record) in enumerate(bar(records, desc="elsewhere", unit="image")):

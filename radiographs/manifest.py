@@ -229,13 +229,14 @@ def _check_rows(manifest: Path, numbers: list[int], records: list[Record]) -> No
             raise UsageError(f"{manifest.name}, row {number}, column split: is empty while other rows have one")
 
 
-def split_records(records: list[Record], config: DataConfig) -> dict[str, list[Record]]:
+def split_records(records: list[Record], config: DataConfig, trains: bool = True) -> dict[str, list[Record]]:
     """Part records into "train", "val" (both without known abnormals) and "test", no patient in two of them.
 
     The splits of a manifest are kept; if it has no val, one is drawn from train. Without splits, patients with an
     abnormal image go to test together with about test_share of the others, and about val_share of the rest to val; if
     nothing is known to be abnormal, test stays empty. Where a patient goes depends on the patient's name and split_seed
-    alone: others may come and go. UsageError if that cannot be done.
+    alone: others may come and go. UsageError if that cannot be done. Who does not train needs no normals in the split
+    train of a manifest: those of elsewhere may say what is usual.
     """
     splits: dict[str, list[Record]] = {"train": [], "val": [], "test": []}
     given = any(record.split for record in records)
@@ -248,11 +249,14 @@ def split_records(records: list[Record], config: DataConfig) -> dict[str, list[R
         abnormal = {record.patient for record in records if record.label == 1}
         splits["test"] = [record for record in records if record.patient in abnormal]
         splits["train"] = [record for record in records if record.patient not in abnormal]
-    if not splits["train"]:
+    if not splits["train"] and (trains or not given):
         raise UsageError(
             "there is no normal radiograph to train on: add some with label 0 (or no label), in the split train if "
             "there are splits"
         )
+    if not splits["train"]:
+        _tell_unlabelled(splits)
+        return splits
     if splits["test"] and not given and config.test_share > 0:
         salt = f"test/{config.split_seed}"
         splits["train"], normals = _hold_out(splits["train"], config.test_share, salt, leave=2)

@@ -17,7 +17,7 @@ from radiographs.reading import read_mask, read_radiograph
 
 READER = (
     "--inference.method reader --reader.features image latent --reader.steps 4 --reader.copies 1 --reader.width 8 "
-    "--reader.tuned-steps 2 --inference.shard calibrate"
+    "--reader.tuned-steps 2"
 ).split()
 
 
@@ -81,7 +81,7 @@ def test_a_folder_that_holds_something_is_refused(study, monkeypatch):
 
 def others(folder):
     """Phantoms of another place; their manifest calls nobody as the first one does."""
-    manifest = phantom.write_dataset(folder / "others", 2, 4, 1, 0, seed=1, height=64, width=128, workers=1)
+    manifest = phantom.write_dataset(folder / "others", 0, 4, 1, 0, seed=1, height=64, width=128, workers=1)
     head, *rows = manifest.read_text().splitlines()
     named = [f"{row.rpartition(',')[0]},there-{row.rpartition(',')[2]}" for row in rows]
     manifest.write_text("\n".join([head, *named]) + "\n")
@@ -90,13 +90,14 @@ def others(folder):
 
 def test_a_reader_is_taken_along_and_the_normals_of_there_say_what_is_usual(call, made, tmp_path):
     home, there = tmp_path / "home", tmp_path / "there"
-    call("inference", *READER, "--inference.calibration", home)
+    call("inference", *READER, "--inference.shard", "calibrate", "--inference.calibration", home)
     there.mkdir()
     shutil.copy(home / "reader.pt", there)
     result = call("inference", *READER, "--inference.calibration", there, data=others(tmp_path))
     assert "reader read from" in result.out and "training the reader" not in result.out
     assert (home / "reader.pt").read_bytes() == (there / "reader.pt").read_bytes()
     assert (home / "reader.json").read_bytes() != (there / "reader.json").read_bytes()
+    assert (tmp_path / "phase4_inference" / "scores.csv").read_text().count("\n") == 2  # a head, and the one to examine
 
 
 def test_who_has_no_reader_to_take_along_is_told_so(call, tmp_path):

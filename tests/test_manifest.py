@@ -394,6 +394,14 @@ def test_what_cannot_be_split_is_refused_with_the_remedy(records, message):
         split_records(records, CONFIG)
 
 
+def test_who_examines_needs_no_training_normal_of_a_manifest():
+    records = [record(0, split="test"), record(1, split="val"), record(2, split="test", label=1)]
+    splits = split_records(records, CONFIG, trains=False)
+    assert splits == {"train": [], "val": records[1:2], "test": [records[0], records[2]]}
+    with pytest.raises(UsageError, match="no normal radiograph"):
+        split_records([record(i, label=1) for i in range(5)], CONFIG, trains=False)
+
+
 @pytest.mark.parametrize(("modality", "named"), [("CT", True), ("mr ", True), ("US", True), ("PX", False), ("", False)])
 def test_what_says_that_it_is_no_radiograph_is_named(modality, named, tmp_path):
     for number in range(2):
