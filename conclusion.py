@@ -10,6 +10,7 @@ from reporting.report import REPORT
 from reporting.summary import metrics_table
 from thresholds import false_positive_interval
 
+MOST, ENOUGH = 0.8, 20  # share of flagged images, of so many or more, that speaks against the thresholds
 REMARKS = {
     "coarser": "fewer pixels than the normals",
     "foreign": "unlike the normals",
@@ -40,6 +41,11 @@ def conclude(entries: list[dict], calibration: Calibration, metrics: dict | None
         warn(
             f"{known} of {len(examined)} images look like radiographs that trained or validated the networks, perhaps "
             "copies: their scores flatter; see the remarks in scores.csv"
+        )
+    if len(examined) >= ENOUGH and flagged > MOST * len(examined):
+        warn(
+            f"{flagged} of {len(examined)} images are flagged: were they taken as the validation normals were? Another "
+            "machine needs normals of its own to be judged by: README, Radiographs of elsewhere"
         )
     print(
         f"threshold from {calibration.normals_told} at a false-positive rate of {100 * settings.image_fpr:g} %: on "

@@ -16,13 +16,14 @@ from PIL import Image
 from pipeline import flags_of, opens, strict_json, table
 from sklearn.metrics import roc_auc_score
 
+import conclusion
 import dataset
 import examination
 import interruption
 from calibration import Calibration
 from checks import UsageError
 from command_line import parse_command
-from config import InferenceConfig
+from config import Config, InferenceConfig
 from files import load_checkpoint, save_checkpoint, sha256
 from normalizer import Normalizer
 from phantoms import phantom
@@ -126,6 +127,20 @@ def test_the_last_lines_name_the_figure_with_the_highest_score_and_the_report(ex
 
 def test_the_optimism_of_the_threshold_is_said_where_it_is_printed(examined):
     assert "the same normals chose the checkpoints" in examined.printed
+
+
+@pytest.mark.parametrize(("flagged", "count", "told"), [(17, 20, True), (16, 20, False), (19, 19, False)])
+def test_more_flagged_than_can_be_ill_ask_for_other_normals(flagged, count, told, monkeypatch, tmp_path):
+    said, unremarked = [], dict.fromkeys(conclusion.REMARKS, False)
+    monkeypatch.setattr(conclusion, "warn", said.append)
+    entries = [
+        {"index": number, "row": ["", "", "", "", int(number < flagged)], "score": 1.0, "figure": "", **unremarked}
+        for number in range(count)
+    ]
+    known = Calibration("plain", {}, np.arange(40.0), 1.0, {}, 0.1, 0.1)
+    config = Config(inference=InferenceConfig(output=str(tmp_path), report=False))
+    conclusion.conclude(entries, known, None, config)
+    assert any(f"{flagged} of {count} images are flagged" in line for line in said) == told
 
 
 # ---------------------------------------------------------------- the plain map
