@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -117,6 +118,18 @@ def exposed(x: Grey, gain: float | Tensor, offset: float | Tensor, exponent: flo
 def exposed_anew(x: np.ndarray, config: DataConfig, random: np.random.Generator) -> np.ndarray:
     """The radiograph x (H, W) in [-1, 1] at a contrast, brightness and gamma that are drawn."""
     return exposed(x, *exposure(config, random))
+
+
+def retaken(x: np.ndarray, blur: float, noise: float, random: np.random.Generator) -> np.ndarray:
+    """The radiograph x (H, W) in [-1, 1] as a machine that is less sharp and noisier takes it; half of them as it is.
+
+    Up to `blur` (sigma, a share of the height) and `noise` (standard deviation); where both are 0 nothing is drawn.
+    """
+    if not (blur or noise) or random.random() < 0.5:
+        return x
+    sigma, spread = x.shape[0] * random.uniform(0, blur), random.uniform(0, noise)
+    grain = spread * random.standard_normal(x.shape, np.float32)
+    return np.clip(gaussian_filter(x, sigma) + grain, -1, 1).astype(np.float32)
 
 
 # ---------------------------------------------------------------- batches

@@ -3,7 +3,7 @@
 Overridden like those of config.py, such as --reader.steps 4000. Lengths in an image are shares of its height.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from checks import require, require_positive, require_ranges
@@ -98,6 +98,9 @@ class ReaderConfig:
     fewest_corruptions: int = 8  # in one image, at least
     most_corruptions: int = 20  # in one image, at most: each copy costs time, and what lies in it does not
     least_change: float = 0.06  # mean change inside a corruption, in units of [-1, 1], that counts as one
+    # as other machines take a radiograph: half of what it learns on is blurred and noisy as a whole, up to these
+    machine_blur: float = 0.0  # sigma as a share of the height, 0.003 is 1.5 px of 512; 0 does without
+    machine_noise: float = 0.0  # standard deviation of white noise in units of [-1, 1], such as 0.06; 0 does without
     # how a corruption is filled, drawn from these; corruption.py says what each is. Twice what metal does to a film
     fills: tuple[str, ...] = (
         *("level", "offset", "shade", "texture", "paste", "smear", "rim"),
@@ -123,10 +126,16 @@ class ReaderConfig:
         require_ranges("reader", self, ("plain_weight", "residual_weight"), 0, 1e6)
         require_ranges("reader", self, ("dropout",), 0, 0.9)
         require_ranges("reader", self, ("ema_decay",), 0, 0.99999)
+        require_ranges("reader", self, ("machine_blur", "machine_noise"), 0, 0.5)
         require_ranges("reader", self, ("alignment", "smallest_spread", "smallest_verdict_spread"), 0, 1)
         require_ranges("reader", self, ("largest_deviation",), 0.1, 1e4)
         require(0 < self.top_share <= 1, f"reader.top_share must lie in (0, 1], got {self.top_share}")
         _require_corruptions("reader", self)
+
+
+def told_of(settings: ReaderConfig) -> dict[str, object]:
+    """The settings as a reader's identity has them: what came later is without a word where it is not used."""
+    return {name: value for name, value in asdict(settings).items() if value or not name.startswith("machine_")}
 
 
 def _require_corruptions(phase: str, settings: "CalibrationConfig | ReaderConfig") -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from augmentation import exposed_anew
+from augmentation import exposed_anew, retaken
 from config import Config
 from corruption import corrupt
 from features import FeatureExtractor
@@ -189,4 +189,5 @@ def training_image(images: Sequence[np.ndarray], number: int, config: Config) ->
     donor = images[random.integers(len(images))]
     if random.random() < 0.5:  # always, and the exposure alone would give a copy away
         normal = exposed_anew(normal, config.data, random).astype(np.float32)
-    return corrupt(normal, donor, random, config.reader)
+    image, changed = corrupt(normal, donor, random, config.reader)
+    return retaken(image, config.reader.machine_blur, config.reader.machine_noise, random), changed

@@ -7,7 +7,6 @@ were killed.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch.nn import functional as F
 
 from checks import UsageError
 from config import Config
-from config_reading import ReaderConfig
+from config_reading import ReaderConfig, told_of
 from corruption import check_fills
 from features import FeatureExtractor, with_backbone
 from interruption import Steps, remember
@@ -58,7 +57,7 @@ def reader_identity(model: Normalizer, config: Config, pictures: str) -> dict:
     walk = {name: getattr(config.inference, name) for name in ("noise_level", "draws")}
     walk |= {name: getattr(config.data, name) for name in ("brightness", "contrast", "gamma")}
     settings = with_backbone(config.reader)
-    shaping = {name: value for name, value in asdict(settings).items() if name not in READ_ANEW}
+    shaping = {name: value for name, value in told_of(settings).items() if name not in READ_ANEW}
     whole = {**model.identity, "recipe": RECIPE, "seed": config.runtime.seed, "pictures": pictures, **walk, **shaping}
     return json.loads(json.dumps(whole))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from augmentation import exposed_anew
+from augmentation import exposed_anew, retaken
 from config import Config
 from corruption import corrupt
 from interruption import Steps, remember
@@ -55,9 +55,10 @@ class Lessons(Dataset):
         image = moved(np.asarray(image), settings.tuned_turn, settings.tuned_stretch, random)
         if random.random() < 0.5:
             image = exposed_anew(image, self.config.data, random).astype(np.float32)
-        if random.random() < settings.tuned_unchanged:
-            return image, np.zeros(image.shape, bool)
-        return corrupt(image, donor, random, settings)
+        changed = np.zeros(image.shape, bool)
+        if random.random() >= settings.tuned_unchanged:
+            image, changed = corrupt(image, donor, random, settings)
+        return retaken(image, settings.machine_blur, settings.machine_noise, random), changed
 
 
 def moved(image: np.ndarray, turn: float, stretch: float, random: np.random.Generator) -> np.ndarray:

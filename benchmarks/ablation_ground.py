@@ -6,7 +6,7 @@ A ground is what readers are judged on: the labelled test split, or a rehearsal,
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from tuning import Alone
 from anomaly import image_score
 from calibration import refuse_too_few, views_of_verdicts
 from config import Config
-from config_reading import ReaderConfig
+from config_reading import ReaderConfig, told_of
 from examination import Normals, read_normals
 from features import FEATURES, FeatureExtractor
 from metrics import summarize
@@ -87,7 +87,7 @@ class Ground:
         walk = ("noise_level", "draws", "solver", "steps", "smooth_share")
         asked |= {name: getattr(inference, name) for name in walk}
         asked |= {name: getattr(data, name) for name in ("brightness", "contrast", "gamma")}
-        return json.loads(json.dumps(asked | {"reader": asdict(self.config.reader)}))
+        return json.loads(json.dumps(asked | {"reader": told_of(self.config.reader)}))
 
     def precisions(self) -> dict[str, str]:
         """In which networks learn, and in which features are read."""
