@@ -64,7 +64,7 @@ def keep_memory() -> bool:
 
     By itself glibc hands the memory of a large array back when it is freed, and the kernel clears it anew, page by
     page, for the next one: of a network on a CPU, every layer, every time. What was needed once stays until the end.
-    Who sets one of malloc's own variables, such as MALLOC_TRIM_THRESHOLD_, has decided otherwise.
+    Who sets one of malloc's own variables, such as MALLOC_PERTURB_, has decided otherwise.
     """
     mallopt = of_malloc("mallopt")
     tuned = any(name.startswith("MALLOC_") for name in os.environ)

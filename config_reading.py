@@ -98,7 +98,8 @@ class ReaderConfig:
     fewest_corruptions: int = 8  # in one image, at least
     most_corruptions: int = 20  # in one image, at most: each copy costs time, and what lies in it does not
     least_change: float = 0.06  # mean change inside a corruption, in units of [-1, 1], that counts as one
-    # as other machines take a radiograph: half of what it learns on is blurred and noisy as a whole, up to these
+    # as other machines take a radiograph: half of the corrupted copies, and of what the tuned backbone learns on, are
+    # blurred and noisy as a whole, up to these
     machine_blur: float = 0.0  # sigma as a share of the height, 0.003 is 1.5 px of 512; 0 does without
     machine_noise: float = 0.0  # standard deviation of white noise in units of [-1, 1], such as 0.06; 0 does without
     # how a corruption is filled, drawn from these; corruption.py says what each is. Twice what metal does to a film

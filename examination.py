@@ -264,7 +264,7 @@ def read_normals(model: Normalizer, config: Config, split: str) -> Normals:
         raise UsageError(
             f"{config.data.root} has no radiograph that trained the networks, and the reader learns on them: point "
             "data.root at the normals of phase 1, or use --inference.method plain; to judge by normals of elsewhere, "
-            f"copy {READER} of the calibration that was made there into {config.inference.calibration}"
+            f"copy {READER}, made where the networks were trained, into {config.inference.calibration}"
         )
     shown = [json.dumps(config.data.preprocessing), *digests]  # digests are of the files
     pictures = hashlib.sha256("".join(shown).encode()).hexdigest()

@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -34,10 +35,10 @@ from progress import own_voice
 UNWRITABLE = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 PLACES_OF_PATIENTS = (("data", "root"), ("data", "test"))  # settings whose very names may be a patient's
 
-# how torch and oneDNN call it
-NO_MEMORY = ("can't allocate memory", "can't start new thread", "could not create a primitive")
-# in front of a command: glibc does what it does by itself
-HAND_BACK = "MALLOC_TRIM_THRESHOLD_=131072"
+# how torch and oneDNN call it; what oneDNN cannot do at all is "a primitive descriptor"
+NO_MEMORY = re.compile("can't allocate memory|can't start new thread|could not create a primitive(?! descriptor)")
+# in front of a command: of malloc's own variables the one that changes nothing, so that it is left alone
+HAND_BACK = "MALLOC_PERTURB_=0"
 
 # ---------------------------------------------------------------- scripts
 
@@ -95,7 +96,7 @@ def _what_ran_out(error: Exception, keeps: bool) -> str | None:
     """
     if isinstance(error, torch.OutOfMemoryError):
         return "the GPU has too little memory: lower the batch_size of this phase (vae, latent, flowdiff or inference)"
-    told = [sign for sign in NO_MEMORY if sign in str(error)]
+    told = NO_MEMORY.search(str(error))
     if isinstance(error, MemoryError) or told:
         return (
             f"the machine has too little memory{f' ({told[0]})' if told else ''}: lower this phase's batch_size, "

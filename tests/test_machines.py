@@ -1,6 +1,7 @@
 """A reader that learns on radiographs as other machines take them: what is changed, and what stays as it was."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from checks import UsageError
 from config import DataConfig
 from config_reading import ReaderConfig, told_of
 from reader_pool import training_image
+from reader_training import LEARNING, reader_identity, seen_by_tuned
 from tuned_training import Lessons
 
 OTHERS = {"machine_blur": 0.003, "machine_noise": 0.06}
@@ -77,6 +79,14 @@ def test_a_reader_that_knows_one_machine_is_called_what_it_always_was():
     assert told_of(settings) == {k: v for k, v in vars(settings).items() if not k.startswith("machine_")}
     other = dataclasses.replace(settings, machine_noise=0.06)
     assert told_of(other) == told_of(settings) | {"machine_noise": 0.06}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_reader_of_other_machines_is_another_reader_with_another_pool_and_backbone(name):
+    model = SimpleNamespace(identity={})
+    usual, other = (reader_identity(model, config_for(**settings), "") for settings in ({}, {name: OTHERS[name]}))
+    assert other == usual | {name: OTHERS[name]}
+    assert seen_by_tuned(other) != seen_by_tuned(usual) and name not in LEARNING
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -169,6 +169,14 @@ def test_a_bug_keeps_its_traceback():
         run_script(lambda: 1 / 0)
 
 
+def test_what_onednn_cannot_do_is_not_called_a_lack_of_memory():
+    def main():
+        raise RuntimeError("could not create a primitive descriptor for a convolution")
+
+    with pytest.raises(RuntimeError, match="descriptor"):
+        run_script(main)
+
+
 def test_cuda_without_a_gpu_names_the_way_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="--runtime.device cpu"):
