@@ -128,7 +128,11 @@ def retaken(x: np.ndarray, blur: float, noise: float, random: np.random.Generato
     if not (blur or noise) or random.random() < 0.5:
         return x
     sigma, spread = x.shape[0] * random.uniform(0, blur), random.uniform(0, noise)
-    grain = spread * random.standard_normal(x.shape, np.float32)
+    return degraded(x, sigma, spread * random.standard_normal(x.shape, np.float32))
+
+
+def degraded(x: np.ndarray, sigma: float, grain: np.ndarray) -> np.ndarray:
+    """The radiograph x (H, W) in [-1, 1] blurred by sigma pixels, with `grain` (H, W) added."""
     return np.clip(gaussian_filter(x, sigma) + grain, -1, 1).astype(np.float32)
 
 

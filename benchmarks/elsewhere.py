@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from augmentation import degraded, exposed
 from checks import UsageError
 from config import DataConfig
 from files import write_atomically, write_csv
@@ -48,9 +48,9 @@ def main() -> None:
     records = [(split, record) for split in ("val", "test") for record in splits[split]]
     rows = []
     for index, (split, record) in enumerate(bar(records, desc="elsewhere", unit="image")):
-        grey = (rescale(read_radiograph(record.path), 0, 100) + 1) / 2
+        x = rescale(read_radiograph(record.path), 0, 100)
         random = np.random.default_rng([options.seed, index])
-        taken = retaken(grey, options.gamma, options.blur, options.noise, random)
+        taken = taken_there(x, options.gamma, options.blur, options.noise, random)
         image = f"images/{index:04d}.png"
         write_atomically(options.out / image, lambda beside, taken=taken: Image.fromarray(taken).save(beside, "PNG"))
         label = "" if record.label is None else record.label
@@ -68,11 +68,10 @@ def refuse_nonsense(options: argparse.Namespace) -> None:
         raise UsageError(f"{options.out} holds something already: remove it, or choose another --out")
 
 
-def retaken(grey: np.ndarray, gamma: float, blur: float, noise: float, random: np.random.Generator) -> np.ndarray:
-    """Grey values (H, W) in [0, 1], as uint8: exposed otherwise, blurred, noisy."""
-    grey = gaussian_filter(grey**gamma, blur) if blur else grey**gamma
-    grey = grey + noise * random.standard_normal(grey.shape)
-    return np.round(255 * np.clip(grey, 0, 1)).astype(np.uint8)
+def taken_there(x: np.ndarray, gamma: float, blur: float, noise: float, random: np.random.Generator) -> np.ndarray:
+    """The radiograph x (H, W) in [-1, 1] as uint8: exposed otherwise, blurred, noisy."""
+    grain = 2 * noise * random.standard_normal(x.shape)
+    return np.round(255 * (degraded(exposed(x, 1, 0, gamma), blur, grain) + 1) / 2).astype(np.uint8)
 
 
 def copied_mask(record: Record, index: int, out: Path) -> str:

@@ -249,12 +249,12 @@ def split_records(records: list[Record], config: DataConfig, trains: bool = True
         abnormal = {record.patient for record in records if record.label == 1}
         splits["test"] = [record for record in records if record.patient in abnormal]
         splits["train"] = [record for record in records if record.patient not in abnormal]
-    if not splits["train"] and (trains or not given):
-        raise UsageError(
-            "there is no normal radiograph to train on: add some with label 0 (or no label), in the split train if "
-            "there are splits"
-        )
     if not splits["train"]:
+        if trains or not given:
+            raise UsageError(
+                "there is no normal radiograph to train on: add some with label 0 (or no label), in the split train if "
+                "there are splits"
+            )
         _tell_unlabelled(splits)
         return splits
     if splits["test"] and not given and config.test_share > 0:

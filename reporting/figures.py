@@ -238,10 +238,7 @@ def save_curves(path: str | Path, series: Mapping[str, tuple[ArrayLike, ArrayLik
     The legend gives each curve's last value. Values that are not finite are left out, and curves that are 0 throughout
     are only named.
     """
-    if len(series) > len(OKABE_ITO):
-        raise ValueError(
-            f"{len(series)} curves in one figure cannot be told apart: split them, at most {len(OKABE_ITO)} each"
-        )
+    _refuse_too_many(len(series))
     figure = Figure(figsize=(10, 5), dpi=DPI)
     axes = figure.add_axes((0.08, 0.11, 0.64, 0.8))
     lowest = np.inf
@@ -279,10 +276,7 @@ def save_growth(
     first row; a name has the same colour everywhere, and of the first the line is the boldest.
     """
     names = list(dict.fromkeys(name for panels in rows.values() for curves in panels.values() for name in curves))
-    if len(names) > len(OKABE_ITO):
-        raise ValueError(
-            f"{len(names)} curves in one figure cannot be told apart: split them, at most {len(OKABE_ITO)} each"
-        )
+    _refuse_too_many(len(names))
     clear = [each for each in OKABE_ITO if each not in (BOLD, YELLOW)]
     colours = dict(zip(names, (BOLD, *clear, "0.55"), strict=False))
     causes = len(next(iter(rows.values())))
@@ -311,6 +305,13 @@ def _draw_growth(
     panel.set_xticks(amounts, [f"{amount:,.0f}" for amount in amounts])
     panel.grid(which="major", color="0.9", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
+
+
+def _refuse_too_many(curves: int) -> None:
+    if curves > len(OKABE_ITO):
+        raise ValueError(
+            f"{curves} curves in one figure cannot be told apart: split them, at most {len(OKABE_ITO)} each"
+        )
 
 
 def _write_png(path: str | Path, figure: Figure) -> None:

@@ -57,13 +57,13 @@ def test_who_changes_nothing_has_the_grey_values_of_the_original(study, monkeypa
 
 
 def test_exposure_blur_and_noise_are_what_their_names_say():
-    random, grey = np.random.default_rng(0), np.full((64, 64), 0.25)
-    assert np.unique(elsewhere.retaken(grey, 0.5, 0, 0, random)).tolist() == [128]
-    noisy = elsewhere.retaken(grey, 1, 0, 0.1, random)
+    random, dark = np.random.default_rng(0), np.full((64, 64), -0.5)  # a grey of 0.25
+    assert np.unique(elsewhere.taken_there(dark, 0.5, 0, 0, random)).tolist() == [128]
+    noisy = elsewhere.taken_there(np.zeros((64, 64)), 1, 0, 0.1, random)
     assert noisy.std() / 255 == pytest.approx(0.1, rel=0.1)
-    point = np.zeros((9, 9))
+    point = np.full((9, 9), -1.0)
     point[4, 4] = 1
-    blurred = elsewhere.retaken(point, 1, 1.0, 0, random)
+    blurred = elsewhere.taken_there(point, 1, 1.0, 0, random)
     assert blurred[4, 4] == round(255 / (2 * np.pi)) and blurred[4, 5] / blurred[4, 4] == pytest.approx(0.607, abs=0.02)
 
 
